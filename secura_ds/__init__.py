@@ -1,0 +1,1 @@
+"""SECURA adapters for models sharded by DeepSpeed ZeRO-3."""

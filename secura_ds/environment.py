@@ -1,0 +1,79 @@
+"""The only place that reads environment variables; also describes where a run happens."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPORTED_PACKAGES = (
+    "secura_ds", "torch", "transformers", "deepspeed", "peft", "trl", "accelerate", "bitsandbytes", "datasets",
+    "safetensors",
+)  # fmt: skip
+
+
+def cache_folder() -> Path:
+    """Folder for converted models: `SECURA_CACHE`, or `~/.cache/secura_ds`."""
+    return Path(os.environ.get("SECURA_CACHE") or Path.home() / ".cache" / "secura_ds")
+
+
+def rank() -> int:
+    """This process's rank among all processes of the run (0 without a launcher)."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's rank on its node (0 without a launcher)."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes of the run (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """True on the one process that writes files and speaks."""
+    return rank() == 0
+
+
+def under_launcher() -> bool:
+    """True when `deepspeed`, `torchrun` or `srun` wrappers set the process group's variables."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _git_commit() -> str | None:
+    folder = Path(__file__).resolve().parent
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, commit and devices, for `environment.json`. Holds no environment variable and no secret."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name in REPORTED_PACKAGES if (version := _version(name))},
+        "git_commit": _git_commit(),
+        "devices": devices or ["cpu"],
+        "cpu_count": os.cpu_count(),
+        "world_size": world_size(),
+    }

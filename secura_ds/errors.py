@@ -1,0 +1,26 @@
+"""The one kind of error a user may cause, and how commands show it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what was given, where, and what to change."""
+
+
+def run_command(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None) -> int:
+    """Run a command's `main`; show a `UserError` as one `error:` line instead of a traceback.
+
+    Returns:
+        The exit status: what `main` returned, 2 after a `UserError`, 130 after Ctrl-C.
+    """
+    try:
+        return main(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130

@@ -1,0 +1,150 @@
+"""Writing files so that a killed run never leaves one that looks whole and is not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from secura_ds.errors import UserError
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a full disk or a refused folder into one line; anything else passes through."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if full:
+            raise UserError(f"the disk holding {path} is full: free some space and run the command again") from error
+        if isinstance(error, PermissionError):
+            raise UserError(f"no permission to write {path}: choose another folder or change its rights") from error
+        raise
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling of `path` that takes its place once the block has ended well."""
+    path = Path(path)
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write `text` (UTF-8) to `path`, wholly or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder may not be written.
+    """
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON to `path`, wholly or not at all."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling folder that becomes `path` once the block has ended well.
+
+    Raises:
+        UserError: `path` exists and `overwrite` is false; the disk is full.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} already exists: choose another folder, or allow overwriting it")
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        temporary.chmod(0o755)
+        try:
+            yield temporary
+            _swap(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put `new` at `path`; what was there goes only after the new folder stands."""
+    if not path.exists():
+        new.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    path.rename(old / "content")
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file atomically and reopen it: every key is there and no tensor is empty.
+
+    Raises:
+        UserError: a tensor is empty (a sharded weight was not gathered), or the disk is full.
+    """
+    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+    if empty:
+        raise UserError(f"{path}: {len(empty)} tensors are empty, the first is {empty[0]}; nothing was written")
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with _replacing(Path(path)) as temporary:
+        save_file(contiguous, str(temporary), metadata={"format": "pt", **(metadata or {})})
+        with safe_open(str(temporary), framework="pt") as file:
+            missing = set(contiguous) - set(file.keys())
+            wrong = [k for k in file.keys() if tuple(file.get_slice(k).get_shape()) != tuple(contiguous[k].shape)]  # noqa: SIM118
+        if missing or wrong:
+            raise UserError(f"{path}: written file lacks or misshapes {sorted(missing) + wrong}; nothing was kept")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file; empty lines are skipped.
+
+    Raises:
+        UserError: the file is missing, empty, or a line is not a JSON object (names file and line).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    rows: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8", errors="strict") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    rows.append(_parse_row(path, number, line))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+    if not rows:
+        raise UserError(f"{path}: the file has no rows; put one JSON object on each line")
+    return rows
+
+
+def _parse_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); mend that line") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}; mend that line")
+    return row
