@@ -1,7 +1,7 @@
-"""Write the shipped order-to-JSON task: `python benchmarks/make_tasks.py` (seeded, so the files come out the same).
+"""Write the shipped order-to-JSON task: `python benchmarks/make_tasks.py`. Seeded: the same files each time.
 
-Each row is `{"prompt", "completion"}`: a free-text order and one line of strict JSON with the keys customer, item,
-quantity and day. The word lists are in `order_words.py`, the sentence patterns in `order_patterns.py`.
+Each row is `{"prompt", "completion"}`: a free-text order, and one line of strict JSON with the keys customer,
+item, quantity and day. The word lists are in `order_words.py`, the sentence patterns in `order_patterns.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from order_patterns import PATTERNS, UNSEEN_PATTERNS
-from order_words import CITIES, ITEMS, MONTHS, NAMES, NUMBER_WORDS, PRICES, TIMES, UNSEEN_ITEMS, UNSEEN_NAMES, WEEKDAYS
+from order_words import (
+    CITIES,
+    ITEMS,
+    MONTHS,
+    NAMES,
+    NUMBER_WORDS,
+    PRICES,
+    TIMES,
+    UNSEEN_ITEMS,
+    UNSEEN_NAMES,
+    WEEKDAYS,
+)
 
 INSTRUCTION = "Turn the order into JSON."
 TRAIN_ROWS = 2000
@@ -48,7 +59,11 @@ def make_row(pattern: str, names: Sequence[str], items: Sequence[str], draw: ran
     if pattern.startswith("{day}") and written[0].islower():
         written = written[0].upper() + written[1:]
     fields = {"name": name, "item": item, "day": written, "city": draw.choice(CITIES)}
-    fields |= {"n": written_quantity(quantity, draw), "time": draw.choice(TIMES), "price": draw.choice(PRICES)}
+    fields |= {
+        "n": written_quantity(quantity, draw),
+        "time": draw.choice(TIMES),
+        "price": draw.choice(PRICES),
+    }
     if pattern.startswith("{n}"):
         fields["n"] = fields["n"].capitalize()
     if pattern.startswith("{item}"):
@@ -61,11 +76,14 @@ def make_row(pattern: str, names: Sequence[str], items: Sequence[str], draw: ran
 
 
 def make_split(
-    rows: int, sources: Sequence[tuple[Sequence[str], Sequence[str], Sequence[str]]], taken: set[str], seed: int
+    rows: int,
+    sources: Sequence[tuple[Sequence[str], Sequence[str], Sequence[str]]],
+    taken: set[str],
+    seed: int,
 ) -> list[dict[str, str]]:
     """`rows` different rows, taken in turn from the (patterns, names, items) of `sources`, shuffled.
 
-    Every pattern of a source is used equally often. No prompt in `taken` is used; new prompts are added to it.
+    Every pattern of a source is used equally often. No prompt in `taken` is used; new ones are added to it.
     """
     draw = random.Random(seed)
     decks: list[list[str]] = [[] for _ in sources]
@@ -86,7 +104,7 @@ def make_split(
 def make_task() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """The training rows and the held-out rows.
 
-    The held-out rows are, a quarter each: seen or unseen sentence patterns, with seen or unseen names and items.
+    The held-out rows are, a quarter each: seen or unseen sentence patterns, seen or unseen names and items.
     """
     taken: set[str] = set()
     seen, unseen = (NAMES, ITEMS), (UNSEEN_NAMES, UNSEEN_ITEMS)
@@ -98,7 +116,9 @@ def make_task() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 def main() -> None:
     """Write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = Path(__file__).resolve().parent.parent / "recipes" / "tasks"
     parser.add_argument("--out", type=Path, default=default, help="folder for the two JSONL files")
     folder: Path = parser.parse_args().out

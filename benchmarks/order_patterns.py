@@ -1,4 +1,4 @@
-"""Sentence patterns of the order task; `{name}`, `{n}`, `{item}` and `{day}` make the answer, the rest distracts."""
+"""Sentence patterns of the order task; `{name}`, `{n}`, `{item}` and `{day}` are the answer, the rest is noise."""
 
 from __future__ import annotations
 
