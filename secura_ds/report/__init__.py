@@ -1,0 +1,1 @@
+"""What a run did, for people: tables for the terminal, plots and one self-contained page."""
