@@ -62,6 +62,12 @@ def atomic_write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, wholly or not at all."""
+    with _replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
 def atomic_write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON to `path`, wholly or not at all."""
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
