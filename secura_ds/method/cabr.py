@@ -1,0 +1,94 @@
+"""The CABR update D = s C (U + A B) R, formed in row blocks (method.md, notation and section 2).
+
+Shapes: weight (out, in), C (out, r), R (r, in), A (r, m), B (m, r), U (r, r).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Init = Literal["block", "orthogonal"]
+
+BLOCK_ELEMENTS = 2**18
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype the method computes in: float64 if any tensor has it, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def row_blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
+    """The absolute row grid of a (num_rows, num_columns) matrix: blocks of at most 2**18 elements.
+
+    The height is a power of two that depends on `num_columns` only. Whoever computes whole blocks of D on this
+    grid gets the same bits, because the matrix products see the same shapes.
+    """
+    height = 1 << max(0, (BLOCK_ELEMENTS // num_columns).bit_length() - 1)
+    for start in range(0, num_rows, height):
+        yield slice(start, min(start + height, num_rows))
+
+
+def initial_a(weight: Tensor, cur_rank: int, inner_rank: int, init: Init, *, seed: int = 0) -> Tensor:
+    """A (r, m) in fp32: the block `W[:r, :m]`, or orthogonal with that block's root mean square.
+
+    No SVD: the product of truncated factors that the paper forms *is* this block.
+
+    Raises:
+        ValueError: `cur_rank > min(out, in)`, `inner_rank > in` for `init="block"`, an unknown `init`,
+            or a block of zeros, from which nothing could be learnt.
+    """
+    num_rows, num_columns = weight.shape
+    if not 1 <= cur_rank <= min(num_rows, num_columns):
+        raise ValueError(
+            f"cur_rank is {cur_rank}, but the weight is ({num_rows}, {num_columns}): at least 1, "
+            f"at most {min(num_rows, num_columns)}"
+        )
+    if inner_rank < 1 or (init == "block" and inner_rank > num_columns):
+        raise ValueError(
+            f"inner_rank is {inner_rank}, but the weight is ({num_rows}, {num_columns}): at least 1, at most "
+            f"{num_columns} for init 'block' (init 'orthogonal' has no upper bound)"
+        )
+    block = weight[:cur_rank, :inner_rank].detach().to(compute_dtype(weight))
+    if init == "block":
+        if not bool(block.any()):
+            raise ValueError(
+                f"the corner ({cur_rank}, {inner_rank}) of the ({num_rows}, {num_columns}) weight is all zero, "
+                "so A could never learn: use init 'orthogonal'"
+            )
+        return block.float().clone()
+    if init != "orthogonal":
+        raise ValueError(f"init is {init!r}: allowed are 'block' and 'orthogonal'")
+    scale = _root_mean_square(block) or _root_mean_square(weight.detach().to(compute_dtype(weight)))
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.nn.init.orthogonal_(torch.empty(cur_rank, inner_rank), generator=generator)
+    return (A * (scale / _root_mean_square(A))).to(weight.device)
+
+
+def _root_mean_square(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix)) / math.sqrt(matrix.numel())
+
+
+def core(A: Tensor, B: Tensor, U: Tensor) -> Tensor:
+    """U + A B, (r, r) in fp32, outside any autocast region. Differentiable."""
+    dtype = compute_dtype(A, B, U)
+    with torch.autocast(A.device.type, enabled=False):
+        return torch.addmm(U.to(dtype), A.to(dtype), B.to(dtype))
+
+
+def update_block(C: Tensor, core: Tensor, R: Tensor, scaling: float, rows: slice) -> Tensor:
+    """Rows `rows` of D, (len(rows), in) in fp32. Bit-equal for everyone only on the grid of `row_blocks`."""
+    dtype = compute_dtype(C, core, R)
+    with torch.autocast(C.device.type, enabled=False):
+        left = (C[rows].to(dtype) @ core.to(dtype)) * scaling
+        return left @ R.to(dtype)
+
+
+def update(C: Tensor, core: Tensor, R: Tensor, scaling: float) -> Tensor:
+    """The whole D, (out, in) in fp32, from the blocks of `row_blocks`."""
+    blocks = row_blocks(len(C), R.shape[1])
+    return torch.cat([update_block(C, core, R, scaling, rows) for rows in blocks])
