@@ -25,8 +25,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def row_blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
     """The absolute row grid of a (num_rows, num_columns) matrix: blocks of at most 2**18 elements.
 
-    The height is a power of two that depends on `num_columns` only. Whoever computes whole blocks of D on this
-    grid gets the same bits, because the matrix products see the same shapes.
+    The height is a power of two that depends on `num_columns` only. Whoever computes whole blocks of D on
+    this grid gets the same bits, because the matrix products see the same shapes.
     """
     height = 1 << max(0, (BLOCK_ELEMENTS // num_columns).bit_length() - 1)
     for start in range(0, num_rows, height):
@@ -57,8 +57,8 @@ def initial_a(weight: Tensor, cur_rank: int, inner_rank: int, init: Init, *, see
     if init == "block":
         if not bool(block.any()):
             raise ValueError(
-                f"the corner ({cur_rank}, {inner_rank}) of the ({num_rows}, {num_columns}) weight is all zero, "
-                "so A could never learn: use init 'orthogonal'"
+                f"the corner ({cur_rank}, {inner_rank}) of the ({num_rows}, {num_columns}) weight is all "
+                "zero, so A could never learn: use init 'orthogonal'"
             )
         return block.float().clone()
     if init != "orthogonal":

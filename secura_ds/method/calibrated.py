@@ -20,7 +20,7 @@ _WHITEN_FLOOR = 0.01
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues (in,) of a second moment, least first and not below 0; eigenvectors (in, in), in columns."""
+    """Eigenvalues (in,) of a second moment, least first and at least 0; eigenvectors (in, in), in columns."""
 
     values: Tensor
     vectors: Tensor
@@ -112,7 +112,7 @@ def factors(
         second_moment: S (in, in).
         mode: "null": eigenvectors of least eigenvalue, each with the mean row norm of W; "rows": rows of W of
             least normalised response (`least_response_rows` gives their indices); "project": least-norm rows
-            without the leading `energy` of S; "whiten": least-norm rows whitened by S, with W's mean row norm.
+            without the leading `energy` of S; "whiten": least-norm rows whitened by S, of W's mean row norm.
         spectrum: `decompose(second_moment)`, if layers share it.
 
     Raises:
@@ -133,8 +133,8 @@ def factors(
         raise ValueError(f"mode is {mode!r}: allowed are 'null', 'rows', 'project' and 'whiten'")
     if not bool(R.any()):
         raise ValueError(
-            f"R ({rank}, {weight.shape[1]}) of the {tuple(weight.shape)} weight is all zero in mode {mode!r}, so it "
-            "could never learn: leave this layer out"
+            f"R ({rank}, {weight.shape[1]}) of the {tuple(weight.shape)} weight is all zero in mode {mode!r}, "
+            "so it could never learn: leave this layer out"
         )
     return R
 

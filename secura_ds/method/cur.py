@@ -98,6 +98,6 @@ def _refuse_zero(row_sq: Tensor, column_sq: Tensor, shape: tuple[int, ...]) -> N
     for kind, norm_sq in (("rows", row_sq), ("columns", column_sq)):
         if not bool((norm_sq > 0).any()):
             raise ValueError(
-                f"the {len(norm_sq)} least important {kind} of the {shape} weight are all zero, so it could never "
-                "learn: raise the rank or leave this layer out"
+                f"the {len(norm_sq)} least important {kind} of the {shape} weight are all zero, so it could "
+                "never learn: raise the rank or leave this layer out"
             )

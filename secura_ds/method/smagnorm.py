@@ -1,7 +1,8 @@
 """S-MagNorm: the sigmoid magnitude limit on an update (method.md section 3).
 
-A weight that would change much relative to itself takes its whole update (M near 1), one that would change
-little takes about half (M near 2). Shapes: weight, update, ratio and limiter are (out, in) or any piece of that.
+A weight that would change much relative to itself takes its whole update (M near 1), one that would
+change little takes about half (M near 2). Shapes: weight, update, ratio and limiter are (out, in), or
+any piece of it.
 """
 
 from __future__ import annotations
@@ -60,10 +61,13 @@ def limiter(ratio: Tensor, ratio_max: float | Tensor, steepness: float) -> Tenso
 
     `ratio_max` 0 counts as L = 0 everywhere.
     """
-    largest = torch.as_tensor(ratio_max, dtype=ratio.dtype, device=ratio.device)
-    half_n = (ratio / torch.where(largest > 0, largest, 1.0)).sub_(0.5).mul_(0.5 * steepness)
-    # 2 - sigmoid(n) = 1.5 - tanh(n / 2) / 2. On CPUs torch.sigmoid rounds the tail of a vectorised loop differently
-    # from its body, so its bits depend on how a matrix is cut; tanh does not.
+    if isinstance(ratio_max, Tensor):
+        divisor: float | Tensor = torch.where(ratio_max > 0, ratio_max, 1.0)
+    else:
+        divisor = ratio_max or 1.0
+    half_n = (ratio / divisor).sub_(0.5).mul_(0.5 * steepness)
+    # 2 - sigmoid(n) = 1.5 - tanh(n / 2) / 2. On CPUs torch.sigmoid rounds the tail of a vectorised loop
+    # differently from its body, so its bits depend on how a matrix is cut; tanh does not.
     return half_n.tanh_().mul_(-0.5).add_(1.5)
 
 
@@ -90,9 +94,12 @@ def restrain(
     if form != "average":
         raise ValueError(f"form is {form!r}: allowed are 'update' and 'average'")
     averaged = wide.mul(2.0).add_(changed).div_(M)
-    return torch.where(torch.as_tensor(ratio_max, device=wide.device) > 0, averaged, wide)
+    if isinstance(ratio_max, Tensor):
+        return torch.where(ratio_max > 0, averaged, wide)
+    return averaged if ratio_max > 0 else wide
 
 
+@torch.no_grad()
 def s_magnorm(
     weight: Tensor,
     update: Tensor,
@@ -103,7 +110,7 @@ def s_magnorm(
     form: Form = "update",
     ratio_max: float | Tensor | None = None,
 ) -> Tensor:
-    """The restrained weight W+ (out, in) in `weight.dtype`; W itself where nothing changes.
+    """The restrained weight W+ (out, in) in `weight.dtype`, without gradient; W itself if L is 0 everywhere.
 
     Args:
         weight: W (out, in), any float dtype.
@@ -127,9 +134,15 @@ def s_magnorm(
         return weight.clone()
     restrained = torch.empty_like(weight)
     for rows in row_blocks(*weight.shape):
-        restrained[rows] = restrain(
-            weight[rows], update[rows], ratio_max=ratio_max, eps_abs=eps_abs, steepness=steepness, form=form
+        piece = restrain(
+            weight[rows],
+            update[rows],
+            ratio_max=ratio_max,
+            eps_abs=eps_abs,
+            steepness=steepness,
+            form=form,
         )
+        restrained[rows] = piece
     return restrained
 
 
