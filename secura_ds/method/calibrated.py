@@ -133,7 +133,7 @@ def factors(
         raise ValueError(f"mode is {mode!r}: allowed are 'null', 'rows', 'project' and 'whiten'")
     if not bool(R.any()):
         raise ValueError(
-            f"R ({rank}, {weight.shape[1]}) of the {tuple(weight.shape)} weight is all zero in mode {mode!r}: "
+            f"R ({rank}, {weight.shape[1]}) of the {tuple(weight.shape)} weight is all zero in {mode!r}: "
             "it could never learn, leave this layer out"
         )
     return R
