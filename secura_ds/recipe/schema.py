@@ -1,0 +1,281 @@
+"""What a recipe may say: every key, its type, its default and the rules between keys.
+
+The docstring under a field is its description in `recipes/recipe.schema.json`. Rules between keys are
+field validators that look at the fields before them, so that one load reports every broken rule.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from secura_ds.embedded import EMBEDDED
+from secura_ds.recipe.adapter import LoraAdapter, SecuraAdapter
+from secura_ds.recipe.base import RULE, File, Fraction, PositiveFloat, PositiveInt, Section, find_path
+
+
+def _known_model(value: str, info: ValidationInfo) -> str:
+    if value.startswith("embedded:"):
+        if value.removeprefix("embedded:") not in EMBEDDED:
+            raise ValueError(f"should be one of {', '.join('embedded:' + name for name in EMBEDDED)}")
+        return value
+    found = find_path(value, (info.context or {}).get("folder", Path.cwd()))
+    if found is not None and found.is_dir():
+        if not (found / "config.json").is_file():
+            raise ValueError(f"{found} holds no config.json, so it is no Hugging Face checkpoint")
+        return str(found)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", value):
+        raise ValueError(
+            "should be embedded:<name>, a hub id such as Qwen/Qwen2-7B-Instruct, or an existing folder"
+        )
+    return value
+
+
+class Quantization(Section):
+    """4-bit weights; storage and compute type follow `backbone.dtype`."""
+
+    kind: Literal["nf4"] = "nf4"
+    """NF4 of bitsandbytes."""
+    double_quantization: bool = True
+    """Also quantize the block scales, which saves 0.4 bit per weight."""
+
+
+class BackboneRecipe(Section):
+    """The pretrained model that stays frozen."""
+
+    model: Annotated[str, AfterValidator(_known_model)]
+    """`embedded:smollm2-135m`, a hub id, or a folder with a Hugging Face checkpoint."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the frozen weights and of the computation."""
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = "auto"
+    """Attention kernel; `auto`: flash attention where installed and allowed by the family, else SDPA."""
+    quantization: Quantization | None = None
+    """4-bit weights, or null for whole ones."""
+
+    @field_validator("quantization")
+    @classmethod
+    def _half_precision(cls, value: Quantization | None, info: ValidationInfo) -> Quantization | None:
+        if value is not None and info.data.get("dtype") == "float32":
+            raise ValueError('4-bit weights compute in half precision: set backbone.dtype to "bfloat16"')
+        return value
+
+
+class Source(Section):
+    """One data set: a local file or a data set on the hub."""
+
+    path: File | None = None
+    """A .jsonl, .json or .parquet file."""
+    hub: str | None = None
+    """Name of a data set on the hub."""
+    subset: str | None = None
+    """Configuration of the hub data set."""
+    split: str | None = None
+    """Split of the hub data set; null means `train`."""
+    weight: PositiveFloat = 1.0
+    """Share of this source in the mixture, relative to the others."""
+    format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
+    """How a row reads; `auto` tells by its keys."""
+    max_examples: PositiveInt | None = None
+    """Take only so many rows from the front."""
+
+    @field_validator("hub")
+    @classmethod
+    def _one_place(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if "path" in info.data and (value is None) == (info.data["path"] is None):
+            raise ValueError("exactly one of path and hub should be given")
+        return value
+
+    @field_validator("subset", "split")
+    @classmethod
+    def _only_on_hub(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.data.get("path") is not None:
+            raise ValueError("only a hub data set has this, a file has none: leave it out")
+        return value
+
+
+class DataRecipe(Section):
+    """What is learnt from."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    """Data sets to mix."""
+    validation: Source | None = None
+    """Data set for the loss during training."""
+    validation_fraction: Fraction = 0.0
+    """Or: share of the sources held out for it."""
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    """Longest example in tokens; longer ones are cut."""
+    packing: bool = False
+    """Put several short examples into one row."""
+    completion_only: bool = True
+    """Learn the answers only, not the prompts."""
+    seed: int = 0
+    """Seed of mixing and splitting."""
+
+    @field_validator("validation_fraction")
+    @classmethod
+    def _one_validation(cls, value: float, info: ValidationInfo) -> float:
+        if value > 0 and info.data.get("validation") is not None:
+            raise ValueError("data.validation is given too: keep one of the two")
+        return value
+
+
+class TrainingRecipe(Section):
+    """How it is learnt."""
+
+    output_dir: Annotated[str, Field(min_length=1)]
+    """Folder of the run, relative to the current folder."""
+    deepspeed: File | None = None
+    """DeepSpeed configuration; null trains on one device without it."""
+    learning_rate: PositiveFloat
+    """Peak learning rate."""
+    epochs: PositiveFloat | None = None
+    """Passes over the data; exactly one of `epochs` and `max_steps` is set."""
+    max_steps: PositiveInt | None = None
+    """Or: optimizer steps."""
+    micro_batch_size: PositiveInt = 1
+    """Examples per rank and forward pass."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Forward passes per optimizer step."""
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """Course of the learning rate."""
+    warmup_ratio: Fraction = 0.0
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of the trained parameters."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm."""
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adafactor"] = "adamw_torch"
+    """Optimizer, by its name in transformers."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = 0
+    """Seed of the adapter and of the order of examples."""
+    logging_steps: PositiveInt = 10
+    """Steps between lines of the log."""
+    eval_steps: PositiveInt | None = None
+    """Steps between validations; null validates at the end only."""
+    save_steps: PositiveInt | None = None
+    """Steps between checkpoints; null saves at the end only."""
+    save_total_limit: PositiveInt = 2
+    """Checkpoints kept, the newest ones."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    """Where curves are sent."""
+
+    @field_validator("max_steps")
+    @classmethod
+    def _one_length(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if "epochs" in info.data and (value is None) == (info.data["epochs"] is None):
+            raise ValueError("exactly one of epochs and max_steps should be given")
+        return value
+
+    @field_validator("warmup_ratio")
+    @classmethod
+    def _warmup_has_effect(cls, value: float, info: ValidationInfo) -> float:
+        if value > 0 and info.data.get("scheduler") == "constant":
+            raise ValueError('scheduler "constant" has no warmup: use "constant_with_warmup" or 0')
+        return value
+
+
+class Task(Section):
+    """Held-out items of the skill that is learnt; answers are generated and scored."""
+
+    path: File
+    """JSONL with prompt and completion."""
+    metric: Literal["exact_match", "json_exact_match", "bleu", "rougeL"] = "exact_match"
+    """How an answer is scored."""
+    max_new_tokens: PositiveInt = 128
+    """Longest answer in tokens."""
+    max_items: PositiveInt | None = None
+    """Score only so many items from the front."""
+
+
+class Probe(Section):
+    """A measure of what the model knew before."""
+
+    kind: Literal["multiple_choice", "text_loss"]
+    """Choice by likelihood, or mean loss per token."""
+    path: File
+    """JSONL of questions and choices, or plain text."""
+    max_items: PositiveInt | None = None
+    """Use only so many items from the front."""
+
+
+class EvaluationRecipe(Section):
+    """What is measured before and after training."""
+
+    task: Task | None = None
+    """The skill."""
+    probes: list[Probe] = []
+    """The retention probes."""
+    batch_size: PositiveInt = 8
+    """Sequences per forward pass."""
+
+
+class Recipe(Section):
+    """A training run of secura_ds: backbone, adapter, data, training and evaluation."""
+
+    schema_: Annotated[str | None, Field(alias="$schema")] = None
+    """Path of this schema, for editors."""
+    name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$")]
+    """Short name, used in reports."""
+    description: str = ""
+    """What it is for and what it needs."""
+    backbone: BackboneRecipe
+    adapter: Annotated[SecuraAdapter | LoraAdapter, Field(discriminator="method")]
+    data: DataRecipe
+    training: TrainingRecipe
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @field_validator("adapter")
+    @classmethod
+    def _m1_needs_whole_weights(
+        cls, value: SecuraAdapter | LoraAdapter, info: ValidationInfo
+    ) -> SecuraAdapter | LoraAdapter:
+        backbone = info.data.get("backbone")
+        quantized = backbone is not None and backbone.quantization is not None
+        if quantized and isinstance(value, SecuraAdapter) and value.strategy == "M1":
+            raise PydanticCustomError(
+                RULE,
+                'adapter.strategy is "M1", which rewrites the weights, but backbone.quantization keeps them '
+                'in 4 bits, where an update smaller than a quantization step would vanish: use "M2", or '
+                "quantization null",
+            )
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _something_to_validate(cls, value: TrainingRecipe, info: ValidationInfo) -> TrainingRecipe:
+        data = info.data.get("data")
+        if (
+            value.eval_steps
+            and data is not None
+            and data.validation is None
+            and data.validation_fraction == 0
+        ):
+            raise PydanticCustomError(
+                RULE,
+                "training.eval_steps is set, but there is nothing to validate on: "
+                "add data.validation_fraction",
+            )
+        return value
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the recipe's file."""
+        return self._folder
+
+    def resolve_path(self, path: str) -> Path:
+        """A path of the recipe as an absolute one: from the recipe's folder, else from the current folder."""
+        return find_path(path, self._folder) or (self._folder / path).resolve()
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, defaults and absolute paths included; loads again as a recipe. JSON-able."""
+        return self.model_dump(mode="json", exclude={"schema_"})
