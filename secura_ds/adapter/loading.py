@@ -1,0 +1,80 @@
+"""Checks and extra weights when a saved adapter is loaded onto a base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from secura_ds import sharding
+from secura_ds.adapter.config import SecuraConfig
+from secura_ds.adapter.layer import Linear
+from secura_ds.errors import UserError
+
+# Relative error of C against W[:, columns]. Casting to bf16 costs 0.002; another base costs above 1.
+TOLERANCE = 0.01
+# 4-bit rounding is large for columns of small norm; unrelated weights still stand out.
+TOLERANCE_REQUANTIZED = 0.9
+
+
+def fingerprint_error(weight: Tensor, C: Tensor, columns: Tensor) -> float:
+    """||W[:, columns] - C|| / ||C||: how far a base weight (out, in) is from the one the adapter was made on."""
+    expected = C.to(weight.device, torch.float32)
+    found = weight[:, columns.to(weight.device)].float()
+    norm = torch.linalg.vector_norm(expected)
+    return float(torch.linalg.vector_norm(found - expected) / norm) if norm > 0 else float("inf")
+
+
+def refuse_foreign_base(
+    layers: Mapping[str, Linear], config: SecuraConfig, state_dict: Mapping[str, Tensor]
+) -> None:
+    """Compare the saved C of each layer with the columns of the base weight it was taken from.
+
+    Raises:
+        UserError: the adapter was made on another base model.
+    """
+    for name, layer in layers.items():
+        C, columns = _saved(state_dict, name, "C"), _saved(state_dict, name, "columns")
+        if C is None or columns is None:
+            raise UserError(f"the adapter holds no factors for {name}: it is incomplete or made for another model")
+        base = layer.get_base_layer()
+        if base.weight.device.type == "meta":
+            continue
+        if len(C) != base.out_features or int(columns.max()) >= base.in_features:
+            raise UserError(_message(name, f"C is {tuple(C.shape)}, the layer {base.out_features, base.in_features}"))
+        quantized_alike = sharding.is_quantized(base) == bool(config.base_quantization)
+        tolerance = TOLERANCE if quantized_alike else TOLERANCE_REQUANTIZED
+        error = fingerprint_error(sharding.dequantized(base), C, columns)
+        if not error <= tolerance:
+            raise UserError(_message(name, f"its weight differs from the adapter's factor C by {error:.3g} of its norm"))
+
+
+def _message(layer_name: str, reason: str) -> str:
+    return (
+        f"the adapter does not belong to this base model: {layer_name}: {reason}; "
+        "use the base (and revision) named in adapter_config.json"
+    )
+
+
+def load_folded_weights(
+    layers: Mapping[str, Linear], config: SecuraConfig, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Copy base weights that M1 has changed into the base layers; returns the state without them.
+
+    Raises:
+        UserError: the adapter was folded by M1 but its weights are missing, or the base is 4-bit.
+    """
+    for name, layer in layers.items() if config.folded else ():
+        weight = _saved(state_dict, name, "W")
+        if weight is None:
+            raise UserError(f"the adapter was folded by M1, but holds no weight for {name}: the file is incomplete")
+        sharding.set_parameter(layer.get_base_layer().weight, weight)
+        layer.forget()
+    return {key: value for key, value in state_dict.items() if not key.endswith(".secura_W")}
+
+
+def _saved(state_dict: Mapping[str, Tensor], layer_name: str, part: str) -> Tensor | None:
+    key = f"{layer_name}.secura_{part}"
+    found = state_dict.get(f"base_model.model.{key}")
+    return state_dict.get(key) if found is None else found

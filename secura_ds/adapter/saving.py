@@ -1,0 +1,71 @@
+"""Saving an adapter whole, also where ZeRO-3 holds it in slices."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor
+
+from secura_ds.adapter.layer import Linear
+from secura_ds.environment import is_main_process
+from secura_ds.files import atomic_write_text, save_tensors
+from secura_ds.sharding import whole
+
+
+def adapter_state(model: PeftModel, adapter_name: str = "default", *, main_only: bool = False) -> dict[str, Tensor]:
+    """The whole adapter on the CPU, under the keys of PEFT's weights file (`base_model.model....secura_A`).
+
+    Gathers one tensor at a time and moves only adapter bytes. Collective: every rank calls it.
+
+    Args:
+        main_only: other ranks only take part and get an empty dictionary.
+    """
+    keep = is_main_process() or not main_only
+    folded = model.peft_config[adapter_name].folded
+    state: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        if not isinstance(module, (Linear, AuxiliaryTrainingWrapper)):
+            continue
+        for name, parameter in module.named_parameters(prefix):
+            base = ".base_layer." in name[len(prefix) :]
+            if not base or (folded and name == f"{prefix}.base_layer.weight"):
+                state[name] = whole(parameter, keep=keep)
+        buffers = ((n, b) for n, b in module.named_buffers(prefix) if ".base_layer." not in n[len(prefix) :])
+        state.update((name, buffer.detach().to("cpu", copy=True)) for name, buffer in buffers)
+    if not keep:
+        return {}
+    return get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
+
+
+def save_adapter(model: PeftModel, folder: Path, adapter_name: str = "default") -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json`, which `PeftModel.from_pretrained` loads.
+
+    Every rank calls it; the main process writes, after the last collective. The weights file is written
+    under another name, reopened and checked, then renamed.
+
+    Raises:
+        UserError: the disk is full, or a tensor is empty.
+    """
+    state = adapter_state(model, adapter_name, main_only=True)
+    if is_main_process():
+        save_tensors(Path(folder) / SAFETENSORS_WEIGHTS_NAME, state)
+        atomic_write_text(Path(folder) / CONFIG_NAME, _config_text(model, adapter_name))
+
+
+def _config_text(model: PeftModel, adapter_name: str) -> str:
+    config: Any = model.peft_config[adapter_name]
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model.get_base_model(), "name_or_path", None) or None
+    trained, config.inference_mode = config.inference_mode, True
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            return (Path(folder) / CONFIG_NAME).read_text(encoding="utf-8")
+    finally:
+        config.inference_mode = trained

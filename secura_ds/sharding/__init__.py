@@ -1,0 +1,57 @@
+"""Weights that are sharded by DeepSpeed ZeRO-3 or packed by bitsandbytes: the one place that knows how."""
+
+from secura_ds.sharding.fold import (
+    Restraint,
+    Slice,
+    SliceUpdate,
+    Statistics,
+    fold_slices,
+    local_slice,
+    slice_statistics,
+)
+from secura_ds.sharding.partition import (
+    assert_partitioned,
+    full_shape,
+    gathered,
+    gathered_forward,
+    is_available,
+    is_sharded,
+    set_parameter,
+    use_in_forward,
+    whole,
+    zero_,
+)
+from secura_ds.sharding.quantized import (
+    compute_dtype,
+    dequantized,
+    is_quantized,
+    keep_exact,
+    requantize,
+    restore_quantized,
+)
+
+__all__ = [
+    "Restraint",
+    "Slice",
+    "SliceUpdate",
+    "Statistics",
+    "assert_partitioned",
+    "compute_dtype",
+    "dequantized",
+    "fold_slices",
+    "full_shape",
+    "gathered",
+    "gathered_forward",
+    "is_available",
+    "is_quantized",
+    "is_sharded",
+    "keep_exact",
+    "local_slice",
+    "requantize",
+    "restore_quantized",
+    "set_parameter",
+    "slice_statistics",
+    "use_in_forward",
+    "whole",
+    "zero_",
+]

@@ -1,0 +1,79 @@
+"""bitsandbytes 4-bit weights: telling them apart, reading them dequantized, and keeping them exact."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from secura_ds.sharding.partition import gathered, is_available, is_sharded
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """True for a bitsandbytes 4-bit linear layer."""
+    return type(getattr(module, "weight", None)).__name__ == "Params4bit"
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype a linear layer computes in: its weight's, or a 4-bit layer's compute dtype."""
+    if not is_quantized(module):
+        return module.weight.dtype  # type: ignore[union-attr, return-value]
+    return module.compute_dtype or module.weight.quant_state.dtype  # type: ignore[union-attr, return-value]
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """The whole weight (out, in) of a `Linear` or `Linear4bit` in its compute dtype, detached.
+
+    Of a plain layer it is the weight itself, not a copy; of a sharded one that must be gathered first, a copy.
+    """
+    weight: Parameter = module.weight  # type: ignore[assignment]
+    borrowed = is_sharded(weight) and not is_available(weight)
+    with gathered(weight):
+        if not is_quantized(module):
+            return weight.detach().clone() if borrowed else weight.detach()
+        return _unpack(weight).to(compute_dtype(module))
+
+
+def _unpack(weight: Parameter) -> Tensor:
+    import bitsandbytes as bnb
+
+    data, state = weight.data, weight.quant_state  # type: ignore[attr-defined]
+    if getattr(state, "packing_format_for_cpu", False):
+        # The conversion back edits the state it is given, and the layer still computes with its own.
+        data, state = bnb.nn.modules._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
+    return bnb.functional.dequantize_4bit(data, state)
+
+
+def keep_exact(model: nn.Module) -> None:
+    """Stop 4-bit layers from repacking themselves in evaluation on CPUs.
+
+    bitsandbytes' packed CPU format rounds the quantization constants to bf16 and has no backward pass: one
+    evaluation would change the weights and the training after it would get no gradient.
+    """
+    for module in model.modules():
+        if is_quantized(module):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            weight: Parameter = module.weight  # type: ignore[assignment]
+            if getattr(weight.quant_state, "packing_format_for_cpu", False):  # type: ignore[attr-defined]
+                import bitsandbytes as bnb
+
+                unpack = bnb.nn.modules._convert_weight_packed_for_cpu_inverse
+                weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)  # type: ignore[attr-defined]
+
+
+def requantize(module: nn.Module, weight: Tensor) -> None:
+    """Replace the 4-bit weight of an unsharded layer by a new parameter holding `weight` quantized anew."""
+    import bitsandbytes as bnb
+
+    old: Parameter = module.weight  # type: ignore[assignment]
+    settings = {k: getattr(old, k) for k in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+    new = bnb.nn.Params4bit(weight.detach().to("cpu"), requires_grad=False, module=module, **settings)
+    module.weight = new.to(old.device)
+
+
+def restore_quantized(module: nn.Module, weight: Parameter) -> None:
+    """Put back the 4-bit parameter that `requantize` replaced."""
+    module.weight = weight
+    module.quant_state = weight.quant_state  # type: ignore[attr-defined, assignment]
