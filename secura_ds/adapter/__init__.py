@@ -32,4 +32,6 @@ __all__ = [
 if AdapterType.SECURA not in PEFT_TYPE_TO_CONFIG_MAPPING:
     # PEFT checks the name against its enum, read at this one place, and runs its own duplicate checks.
     with mock.patch("peft.utils.peft_types.PeftType", AdapterType):
-        register_peft_method(name="secura", config_cls=SecuraConfig, model_cls=SecuraModel, prefix=SecuraModel.prefix)
+        register_peft_method(
+            name="secura", config_cls=SecuraConfig, model_cls=SecuraModel, prefix=SecuraModel.prefix
+        )

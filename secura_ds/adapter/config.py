@@ -45,27 +45,39 @@ class SecuraConfig(PeftConfig):
     scaling: float = field(default=1.0, metadata={"help": "s: factor of the update"})
     selection: str = field(default="least", metadata={"help": "'least', 'sampled' or 'calibrated'"})
     init: str = field(default="block", metadata={"help": "initial A: 'block' (W[:r, :m]) or 'orthogonal'"})
-    strategy: str = field(default="M2", metadata={"help": "fold into U ('M2') or into the base weight ('M1')"})
+    strategy: str = field(
+        default="M2", metadata={"help": "fold into U ('M2') or into the base weight ('M1')"}
+    )
     fold_every: int = field(default=0, metadata={"help": "optimizer steps between folds; 0: only at the end"})
     smagnorm: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "apply 'merge'|'forward'|'never', form, steepness, eps or eps_relative"},
     )
     calibration: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "mode, text, num_tokens, energy, seed; for selection 'calibrated'"}
+        default_factory=dict,
+        metadata={"help": "mode, text, num_tokens, energy, seed; for selection 'calibrated'"},
     )
     seed: int = field(default=0, metadata={"help": "seed of sampled selection and orthogonal init"})
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "names of the linear layers to adapt, a regular expression, or 'all-linear'"}
+        default=None,
+        metadata={"help": "names of the linear layers to adapt, a regular expression, or 'all-linear'"},
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "names not to adapt"})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "cur_rank by layer name"})
-    inner_rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "inner_rank by layer name"})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained and saved whole"})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer indices to adapt"})
+    inner_rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "inner_rank by layer name"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "modules trained and saved whole"}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "layer indices to adapt"}
+    )
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the layer list"})
     factors_saved: bool = field(default=False, metadata={"help": "C, R and A come with the weights file"})
-    folded: bool = field(default=False, metadata={"help": "the weights file holds base weights changed by M1"})
+    folded: bool = field(
+        default=False, metadata={"help": "the weights file holds base weights changed by M1"}
+    )
     base_quantization: dict[str, Any] | None = field(
         default=None, metadata={"help": "how the base model was quantized in training"}
     )
@@ -90,7 +102,9 @@ class SecuraConfig(PeftConfig):
         self.smagnorm = _smagnorm(self.smagnorm)
         self.calibration = _calibration(self.calibration)
         if self.layers_pattern and self.layers_to_transform is None:
-            raise UserError("layers_pattern is set without layers_to_transform, so it has no effect: set both")
+            raise UserError(
+                "layers_pattern is set without layers_to_transform, so it has no effect: set both"
+            )
 
     @property
     def apply(self) -> str:
@@ -120,7 +134,9 @@ class SecuraConfig(PeftConfig):
         kwargs.pop("ephemeral_gpu_offload", None)
         unknown = sorted(set(kwargs) - set(cls.__dataclass_fields__))
         if unknown:
-            raise UserError(f"adapter_config.json has unknown keys {unknown}: it was written by another version")
+            raise UserError(
+                f"adapter_config.json has unknown keys {unknown}: it was written by another version"
+            )
         return kwargs
 
 

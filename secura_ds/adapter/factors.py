@@ -1,8 +1,8 @@
-"""C, R, A and the chosen rows and columns of one layer, from its base weight (method.md sections 1, 2 and 7)."""
+"""C, R, A and the chosen rows and columns of one layer (method.md sections 1, 2 and 7)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ def choose_factors(
     """Choose the factors of one layer. A sharded weight is whole only inside this call.
 
     Raises:
-        UserError: names the layer: a rank too large for it, no calibrated factor, or factors that cannot learn.
+        UserError: names the layer: a rank too large, no calibrated factor, or factors that cannot learn.
     """
     check_ranks(base, layer_name, cur_rank, inner_rank, config)
     weight = sharding.dequantized(base)
@@ -41,7 +41,7 @@ def choose_factors(
             rows, columns = cur.sampled(weight, cur_rank, seed=config.seed)
         else:
             rows, columns = cur.least_important(weight, cur_rank)
-        A = cabr.initial_a(weight, cur_rank, inner_rank, config.init, seed=config.seed)  # type: ignore[arg-type]
+        A = cabr.initial_a(weight, cur_rank, inner_rank, cast(cabr.Init, config.init), seed=config.seed)
     except ValueError as error:
         raise UserError(f"{layer_name}: {error}") from error
     if config.selection == "calibrated":
@@ -60,8 +60,8 @@ def _calibrated(base: nn.Module, layer_name: str, cur_rank: int) -> Tensor:
         )
     if tuple(factor.shape) != (cur_rank, base.in_features):
         raise UserError(
-            f"{layer_name} was calibrated to a factor of shape {tuple(factor.shape)}, but cur_rank and the layer "
-            f"want {(cur_rank, base.in_features)}: calibrate with the same configuration"
+            f"{layer_name} was calibrated to a factor of shape {tuple(factor.shape)}, but cur_rank and the "
+            f"layer want {(cur_rank, base.in_features)}: calibrate with the same configuration"
         )
     return factor.detach()
 
@@ -82,7 +82,9 @@ def empty_factors(
     )
 
 
-def check_ranks(base: nn.Module, layer_name: str, cur_rank: int, inner_rank: int, config: SecuraConfig) -> None:
+def check_ranks(
+    base: nn.Module, layer_name: str, cur_rank: int, inner_rank: int, config: SecuraConfig
+) -> None:
     """Raise a UserError that names the layer, the value and the bound if a rank is too large for it."""
     shape = (base.out_features, base.in_features)
     if cur_rank > min(shape):

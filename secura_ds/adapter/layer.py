@@ -25,7 +25,7 @@ from secura_ds.method import cabr, smagnorm
 
 
 class Fp32BufferDict(BufferDict):
-    """Buffers that stay fp32 when the model is cast: a sum of many small products must not lose its digits."""
+    """Buffers that stay fp32 when the model is cast: a sum of small products must not lose its digits."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Fp32BufferDict:
         before = dict(self._buffers)
@@ -62,9 +62,14 @@ class SecuraLayer(BaseTunerLayer):
         self._eps: dict[str, tuple[Any, float]] = {}
 
     def update_layer(
-        self, adapter_name: str, cur_rank: int, inner_rank: int, config: SecuraConfig, inference_mode: bool = False
+        self,
+        adapter_name: str,
+        cur_rank: int,
+        inner_rank: int,
+        config: SecuraConfig,
+        inference_mode: bool = False,
     ) -> None:
-        """Create the state of one adapter: chosen from the base weight, or empty where saved weights will follow.
+        """Create the state of one adapter: chosen from the base weight, or empty if saved weights follow.
 
         Raises:
             UserError: a rank too large for this layer, M1 on a 4-bit layer, or factors that cannot learn.
@@ -72,8 +77,8 @@ class SecuraLayer(BaseTunerLayer):
         base = self.get_base_layer()
         if config.strategy == "M1" and sharding.is_quantized(base):
             raise UserError(
-                f"strategy is 'M1', but {self.layer_name} is a 4-bit layer: an update smaller than a quantization "
-                "step would vanish when it is folded into the weight; use strategy 'M2'"
+                f"strategy is 'M1', but {self.layer_name} is a 4-bit layer: an update smaller than a "
+                "quantization step would vanish when it is folded into the weight; use strategy 'M2'"
             )
         make = empty_factors if config.factors_saved else choose_factors
         factors = make(base, self.layer_name, cur_rank, inner_rank, config)
@@ -81,7 +86,7 @@ class SecuraLayer(BaseTunerLayer):
         self.configs[adapter_name] = config
         read = [self.secura_A[adapter_name], self.secura_B[adapter_name]]
         read += [base.weight, base.bias] if config.apply == "forward" else []
-        sharding.use_in_forward(self, read)  # type: ignore[arg-type]
+        sharding.use_in_forward(self, read)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _store(self, adapter_name: str, factors: Factors, *, sharded: bool) -> None:
@@ -151,7 +156,7 @@ class Linear(nn.Module, SecuraLayer):
         inner_rank: int,
         config: SecuraConfig,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         SecuraLayer.__init__(self, base_layer, layer_name)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, cur_rank, inner_rank, config)
@@ -178,14 +183,16 @@ class Linear(nn.Module, SecuraLayer):
             x, core = x.to(R.dtype), core.to(R.dtype)
         h = x.reshape(-1, x.shape[-1]) @ R.T @ core.T
         flat = y.reshape(-1, y.shape[-1])
-        added = torch.addmm(flat, h, C.T) if flat.dtype == h.dtype == C.dtype else flat + (h @ C.T).to(flat.dtype)
+        added = (
+            torch.addmm(flat, h, C.T) if flat.dtype == h.dtype == C.dtype else flat + (h @ C.T).to(flat.dtype)
+        )
         return added.view_as(y)
 
     def _forward_restrained(self, x: Tensor, active: list[str]) -> Tensor:
         if len(active) > 1:
             raise UserError(
-                f"adapters {active} are active together, but S-MagNorm in the forward pass limits one update: "
-                "activate one of them with set_adapter, or train with smagnorm.apply 'merge'"
+                f"adapters {active} are active together, but S-MagNorm in the forward pass limits one "
+                "update: activate one of them with set_adapter, or train with smagnorm.apply 'merge'"
             )
         base = self.get_base_layer()
         if not self.training and not torch.is_grad_enabled() and not sharding.is_sharded(base.weight):
@@ -198,7 +205,7 @@ class Linear(nn.Module, SecuraLayer):
         return sharding.dequantized(self.get_base_layer())
 
     def _cached_weight(self, adapter_name: str) -> Tensor:
-        """W+, formed at the first call in evaluation and again only after something it is made of has changed."""
+        """W+, formed at the first call in evaluation and again only after one of its parts has changed."""
         parts = [self.get_base_layer().weight, self.secura_A[adapter_name], self.secura_B[adapter_name]]
         parts += [getattr(self, f"secura_{name}")[adapter_name] for name in "CRU"]
         key = (adapter_name, *(_version(part) for part in parts))
@@ -222,7 +229,7 @@ class Linear(nn.Module, SecuraLayer):
         return weight
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W+ in the place of the base weight; several adapters one after the other, each on the last result.
+        """Put W+ in the place of the base weight; of several adapters, each on the result of the last.
 
         Raises:
             UserError: the base weight is sharded.
@@ -242,8 +249,8 @@ class Linear(nn.Module, SecuraLayer):
     def _refuse_sharded(self) -> None:
         if sharding.is_sharded(self.get_base_layer().weight):
             raise UserError(
-                "a model sharded by ZeRO-3 cannot be merged in place: save the adapter and merge on disk with "
-                "launch/merge.py"
+                "a model sharded by ZeRO-3 cannot be merged in place: save the adapter and merge on disk "
+                "with launch/merge.py"
             )
 
     def _replace_weight(self, weight: Tensor) -> None:
@@ -270,7 +277,7 @@ class Linear(nn.Module, SecuraLayer):
             return
         base = self.get_base_layer()
         if sharding.is_quantized(base):
-            sharding.restore_quantized(base, self._unmerged)  # type: ignore[arg-type]
+            sharding.restore_quantized(base, self._unmerged)
         else:
             with torch.no_grad():
                 base.weight.copy_(self._unmerged)

@@ -19,7 +19,7 @@ TOLERANCE_REQUANTIZED = 0.9
 
 
 def fingerprint_error(weight: Tensor, C: Tensor, columns: Tensor) -> float:
-    """||W[:, columns] - C|| / ||C||: how far a base weight (out, in) is from the one the adapter was made on."""
+    """||W[:, columns] - C|| / ||C||: how far a weight (out, in) is from the one the adapter was made on."""
     expected = C.to(weight.device, torch.float32)
     found = weight[:, columns.to(weight.device)].float()
     norm = torch.linalg.vector_norm(expected)
@@ -37,17 +37,23 @@ def refuse_foreign_base(
     for name, layer in layers.items():
         C, columns = _saved(state_dict, name, "C"), _saved(state_dict, name, "columns")
         if C is None or columns is None:
-            raise UserError(f"the adapter holds no factors for {name}: it is incomplete or made for another model")
+            raise UserError(
+                f"the adapter holds no factors for {name}: it is incomplete or made for another model"
+            )
         base = layer.get_base_layer()
         if base.weight.device.type == "meta":
             continue
         if len(C) != base.out_features or int(columns.max()) >= base.in_features:
-            raise UserError(_message(name, f"C is {tuple(C.shape)}, the layer {base.out_features, base.in_features}"))
+            raise UserError(
+                _message(name, f"C is {tuple(C.shape)}, the layer {base.out_features, base.in_features}")
+            )
         quantized_alike = sharding.is_quantized(base) == bool(config.base_quantization)
         tolerance = TOLERANCE if quantized_alike else TOLERANCE_REQUANTIZED
         error = fingerprint_error(sharding.dequantized(base), C, columns)
         if not error <= tolerance:
-            raise UserError(_message(name, f"its weight differs from the adapter's factor C by {error:.3g} of its norm"))
+            raise UserError(
+                _message(name, f"its weight differs from the adapter's factor C by {error:.3g} of its norm")
+            )
 
 
 def _message(layer_name: str, reason: str) -> str:
@@ -68,7 +74,9 @@ def load_folded_weights(
     for name, layer in layers.items() if config.folded else ():
         weight = _saved(state_dict, name, "W")
         if weight is None:
-            raise UserError(f"the adapter was folded by M1, but holds no weight for {name}: the file is incomplete")
+            raise UserError(
+                f"the adapter was folded by M1, but holds no weight for {name}: the file is incomplete"
+            )
         sharding.set_parameter(layer.get_base_layer().weight, weight)
         layer.forget()
     return {key: value for key, value in state_dict.items() if not key.endswith(".secura_W")}

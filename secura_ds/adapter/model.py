@@ -63,7 +63,9 @@ class SecuraModel(BaseTuner):
                 if adapter_name in container:
                     old = container[adapter_name]
                     dtype = sharding.compute_dtype(layer.get_base_layer())
-                    container[adapter_name] = Parameter(old.detach().to(dtype), requires_grad=old.requires_grad)
+                    container[adapter_name] = Parameter(
+                        old.detach().to(dtype), requires_grad=old.requires_grad
+                    )
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -79,7 +81,9 @@ class SecuraModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        state = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
         if config.folded:
             for name, module in model.named_modules():
                 if isinstance(module, Linear) and adapter_name in module.secura_A:
@@ -88,8 +92,8 @@ class SecuraModel(BaseTuner):
         empty = [name for name, tensor in state.items() if tensor.numel() == 0]
         if empty:
             raise UserError(
-                f"{len(empty)} adapter tensors are empty on this rank, the first is {empty[0]}, because ZeRO-3 has "
-                "sharded them: save with secura_ds.save_adapter, called on all ranks"
+                f"{len(empty)} adapter tensors are empty on this rank, the first is {empty[0]}, because "
+                "ZeRO-3 has sharded them: save with secura_ds.save_adapter, called on all ranks"
             )
         return state
 
@@ -97,7 +101,9 @@ class SecuraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SecuraConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        layers = {name: layer for name, layer in secura_layers(model).items() if adapter_name in layer.secura_A}
+        layers = {
+            name: layer for name, layer in secura_layers(model).items() if adapter_name in layer.secura_A
+        }
         refuse_foreign_base(layers, config, state_dict)
         state_dict = load_folded_weights(layers, config, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -123,8 +129,8 @@ def _refuse_unsupported(model: nn.Module, target: nn.Module, name: str) -> None:
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     if embedding is not None and target.weight is getattr(embedding, "weight", None):
         raise UserError(
-            f"target module {name} shares its weight with the input embedding: an adapter on it would change the "
-            "embedding too, or break the tie when merged; leave it out of target_modules"
+            f"target module {name} shares its weight with the input embedding: an adapter on it would "
+            "change the embedding too, or break the tie when merged; leave it out of target_modules"
         )
 
 
@@ -132,9 +138,11 @@ def _record_quantization(config: SecuraConfig, model: nn.Module, name: str) -> N
     """Note in the config what the adapter was trained against, for the merge on disk."""
     if config.factors_saved:
         return
-    given = getattr(getattr(model, "config", None), "quantization_config", None)
+    given: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     settings = given.to_dict() if hasattr(given, "to_dict") else given
-    config.base_quantization = {k: _json(v) for k, v in (settings or {"quant_method": "bitsandbytes"}).items()}
+    config.base_quantization = {
+        k: _json(v) for k, v in (settings or {"quant_method": "bitsandbytes"}).items()
+    }
     config.quantized_modules = [*(config.quantized_modules or []), name]
 
 

@@ -34,7 +34,7 @@ class Update(NamedTuple):
 
 
 def restrained_weight(weight: Tensor, core: Tensor, update: Update) -> tuple[Tensor, Tensor]:
-    """W+ (out, in) in `weight.dtype` and max L as a 0-d tensor. One fp32 matrix of W's size is alive meanwhile."""
+    """W+ (out, in) in `weight.dtype` and max L (0-d); an fp32 matrix of W's size lives meanwhile."""
     C, R, scaling, restraint, eps = update
     wide = compute_dtype(weight, C)
     R = R.to(wide)
@@ -71,7 +71,7 @@ def restrained_linear(
     with torch.autocast(device, enabled=False):
         dtype = torch.get_autocast_dtype(device) if autocast else update.C.dtype
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        y: Tensor = _RestrainedLinear.apply(flat, core, read_weight, bias, update)  # type: ignore[no-untyped-call]
+        y: Tensor = _RestrainedLinear.apply(flat, core, read_weight, bias, update)
     y = y.view(*x.shape[:-1], -1)
     return y if autocast else y.to(x.dtype)
 
@@ -79,7 +79,12 @@ def restrained_linear(
 class _RestrainedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, core: Tensor, read_weight: Callable[[], Tensor], bias: Tensor | None, update: Update
+        ctx: Any,
+        x: Tensor,
+        core: Tensor,
+        read_weight: Callable[[], Tensor],
+        bias: Tensor | None,
+        update: Update,
     ) -> Tensor:
         restrained, ratio_max = restrained_weight(read_weight(), core, update)
         restrained = restrained.to(x.dtype)

@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -18,7 +17,9 @@ from secura_ds.files import atomic_write_text, save_tensors
 from secura_ds.sharding import whole
 
 
-def adapter_state(model: PeftModel, adapter_name: str = "default", *, main_only: bool = False) -> dict[str, Tensor]:
+def adapter_state(
+    model: PeftModel, adapter_name: str = "default", *, main_only: bool = False
+) -> dict[str, Tensor]:
     """The whole adapter on the CPU, under the keys of PEFT's weights file (`base_model.model....secura_A`).
 
     Gathers one tensor at a time and moves only adapter bytes. Collective: every rank calls it.
@@ -40,7 +41,9 @@ def adapter_state(model: PeftModel, adapter_name: str = "default", *, main_only:
         state.update((name, buffer.detach().to("cpu", copy=True)) for name, buffer in buffers)
     if not keep:
         return {}
-    return get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False)
+    return get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False
+    )
 
 
 def save_adapter(model: PeftModel, folder: Path, adapter_name: str = "default") -> None:

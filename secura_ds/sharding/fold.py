@@ -30,7 +30,7 @@ class Restraint(NamedTuple):
 
 
 class SliceUpdate(NamedTuple):
-    """The update D = scaling C core R of one weight (out, in); without a `restraint` the weight takes all of it."""
+    """The update D = scaling C core R of one weight (out, in), taken whole where there is no `restraint`."""
 
     weight: Tensor
     C: Tensor
@@ -41,7 +41,7 @@ class SliceUpdate(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """The part of a weight that this rank holds: `values` are its flat elements [start, end), writable in place."""
+    """The part of a weight that this rank holds: its flat elements [start, end), writable in place."""
 
     values: Tensor
     start: int
@@ -56,16 +56,18 @@ def local_slice(weight: Tensor) -> Slice:
     """
     if not is_sharded(weight):
         return Slice(weight.detach().view(-1), 0, weight.numel())
-    values: Tensor = weight.ds_tensor.data  # type: ignore[attr-defined]
-    if weight.ds_tensor.status.name != "AVAILABLE":  # type: ignore[attr-defined]
-        raise UserError("a weight's slices are on NVMe, where M1 cannot fold: use strategy 'M2' or offload to CPU")
-    if weight.ds_secondary_tensor is not None or hasattr(weight.ds_tensor, "ds_quant_scale"):  # type: ignore[attr-defined]
+    values: Tensor = weight.ds_tensor.data
+    if weight.ds_tensor.status.name != "AVAILABLE":
+        raise UserError(
+            "a weight's slices are on NVMe, where M1 cannot fold: use strategy 'M2' or offload to CPU"
+        )
+    if weight.ds_secondary_tensor is not None or hasattr(weight.ds_tensor, "ds_quant_scale"):
         raise UserError(
             "M1 cannot fold weights that DeepSpeed keeps twice (zero_hpz_partition_size) or quantized "
             "(zero_quantized_nontrainable_weights): turn those off or use strategy 'M2'"
         )
-    start = min(values.numel() * weight.ds_zero_partition_rank, weight.ds_numel)  # type: ignore[attr-defined]
-    end = min(start + values.numel(), weight.ds_numel)  # type: ignore[attr-defined]
+    start = min(values.numel() * weight.ds_zero_partition_rank, weight.ds_numel)
+    end = min(start + values.numel(), weight.ds_numel)
     return Slice(values[: end - start], start, end)
 
 
@@ -86,11 +88,11 @@ def fold_slices(updates: Sequence[SliceUpdate]) -> None:
             w.copy_(_changed(w, d, update.restraint, eps[i], maxima[i]))
         if is_sharded(update.weight) and is_available(update.weight):
             # A whole copy kept from an earlier gather (a persistent parameter) would be stale.
-            update.weight.partition()  # type: ignore[attr-defined]
+            update.weight.partition()
 
 
 class Statistics(NamedTuple):
-    """What an update does to one weight: max L, mean of the limiter M (1 without restraint), |W+ - W| / |W|."""
+    """What an update does to one weight: max L, mean of M (1 without restraint), ||W+ - W|| / ||W||."""
 
     ratio_max: float
     limiter_mean: float
@@ -124,11 +126,18 @@ def _changed(w: Tensor, d: Tensor, restraint: Restraint | None, eps: float, rati
     if restraint is None:
         return w + d
     return restrain(
-        w, d, ratio_max=ratio_max.to(w.device), eps_abs=eps, steepness=restraint.steepness, form=restraint.form
+        w,
+        d,
+        ratio_max=ratio_max.to(w.device),
+        eps_abs=eps,
+        steepness=restraint.steepness,
+        form=restraint.form,
     )
 
 
-def _limiter_sum(w: Tensor, d: Tensor, restraint: Restraint | None, eps: float, ratio_max: Tensor) -> Tensor | int:
+def _limiter_sum(
+    w: Tensor, d: Tensor, restraint: Restraint | None, eps: float, ratio_max: Tensor
+) -> Tensor | int:
     if restraint is None:
         return w.numel()
     return limiter(ratio(w, d, eps), ratio_max.to(w.device), restraint.steepness).double().sum()
@@ -175,10 +184,10 @@ def _largest_ratios(updates: Sequence[SliceUpdate], pieces: Sequence[Slice], eps
 
 
 def _reduce(values: Tensor, updates: Sequence[SliceUpdate], operation: str) -> None:
-    """All-reduce the entries of sharded weights, in one call; what every rank computed whole stays as it is."""
+    """All-reduce the entries of sharded weights, in one call; what every rank computed whole stays."""
     indices = [i for i, update in enumerate(updates) if is_sharded(update.weight)]
     if indices:
-        group = updates[indices[0]].weight.ds_process_group  # type: ignore[attr-defined]
+        group = updates[indices[0]].weight.ds_process_group
         shared = values[indices]
         torch.distributed.all_reduce(shared, getattr(torch.distributed.ReduceOp, operation), group=group)
         values[indices] = shared

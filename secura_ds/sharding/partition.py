@@ -26,7 +26,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def is_available(parameter: Tensor) -> bool:
     """True if the whole of `parameter` can be read now."""
-    return not is_sharded(parameter) or parameter.ds_status.name == "AVAILABLE"  # type: ignore[attr-defined]
+    return not is_sharded(parameter) or parameter.ds_status.name == "AVAILABLE"
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
@@ -87,7 +87,7 @@ def zero_(parameter: Parameter) -> None:
         return
     if is_available(parameter):
         parameter.detach().zero_()
-    parameter.ds_tensor.data.zero_()  # type: ignore[attr-defined]
+    parameter.ds_tensor.data.zero_()
     if _has_master(parameter):
         from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
@@ -101,7 +101,7 @@ def _has_master(parameter: Parameter) -> bool:
 
 
 def use_in_forward(module: nn.Module, parameters: Sequence[Parameter | None]) -> None:
-    """Tell ZeRO-3 that `module` reads parameters it does not own, so that they are there, forward and backward."""
+    """Tell ZeRO-3 that `module` reads parameters it does not own, so that it gathers them, both ways."""
     for parameter in parameters:
         if parameter is not None and is_sharded(parameter):
             from deepspeed.zero import register_external_parameter
@@ -111,7 +111,7 @@ def use_in_forward(module: nn.Module, parameters: Sequence[Parameter | None]) ->
 
 @contextmanager
 def gathered_forward(model: nn.Module) -> Iterator[None]:
-    """Inside the block, forwards of a partitioned model that has no engine gather one module's weights at a time.
+    """Inside the block, forwards of a partitioned model without an engine gather one module at a time.
 
     Each module's own parameters (and those declared by `use_in_forward`) are whole while its forward
     runs. All ranks must run the same number of forwards. Does nothing for a model that is not sharded.
@@ -125,13 +125,13 @@ def gathered_forward(model: nn.Module) -> Iterator[None]:
             users[id(parameter)] += 1
             if not is_available(parameter):
                 held[id(parameter)] = parameter
-                parameter.all_gather()  # type: ignore[attr-defined]
+                parameter.all_gather()
 
     def leave(module: nn.Module, _inputs: object, _output: object) -> None:
         for parameter in _read_by(module):
             users[id(parameter)] -= 1
             if users[id(parameter)] == 0 and held.pop(id(parameter), None) is not None:
-                parameter.partition()  # type: ignore[attr-defined]
+                parameter.partition()
 
     for module in model.modules():
         if _read_by(module):
@@ -143,7 +143,7 @@ def gathered_forward(model: nn.Module) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         for parameter in held.values():
-            parameter.partition()  # type: ignore[attr-defined]
+            parameter.partition()
 
 
 def _read_by(module: nn.Module) -> list[Parameter]:

@@ -19,16 +19,16 @@ def is_quantized(module: nn.Module) -> bool:
 def compute_dtype(module: nn.Module) -> torch.dtype:
     """The dtype a linear layer computes in: its weight's, or a 4-bit layer's compute dtype."""
     if not is_quantized(module):
-        return module.weight.dtype  # type: ignore[union-attr, return-value]
-    return module.compute_dtype or module.weight.quant_state.dtype  # type: ignore[union-attr, return-value]
+        return module.weight.dtype
+    return module.compute_dtype or module.weight.quant_state.dtype
 
 
 def dequantized(module: nn.Module) -> Tensor:
     """The whole weight (out, in) of a `Linear` or `Linear4bit` in its compute dtype, detached.
 
-    Of a plain layer it is the weight itself, not a copy; of a sharded one that must be gathered first, a copy.
+    Of a plain layer it is the weight itself, not a copy; of a sharded one that must be gathered, a copy.
     """
-    weight: Parameter = module.weight  # type: ignore[assignment]
+    weight: Parameter = module.weight
     borrowed = is_sharded(weight) and not is_available(weight)
     with gathered(weight):
         if not is_quantized(module):
@@ -39,7 +39,7 @@ def dequantized(module: nn.Module) -> Tensor:
 def _unpack(weight: Parameter) -> Tensor:
     import bitsandbytes as bnb
 
-    data, state = weight.data, weight.quant_state  # type: ignore[attr-defined]
+    data, state = weight.data, weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         # The conversion back edits the state it is given, and the layer still computes with its own.
         data, state = bnb.nn.modules._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
@@ -54,21 +54,23 @@ def keep_exact(model: nn.Module) -> None:
     """
     for module in model.modules():
         if is_quantized(module):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-            weight: Parameter = module.weight  # type: ignore[assignment]
-            if getattr(weight.quant_state, "packing_format_for_cpu", False):  # type: ignore[attr-defined]
+            module.support_avx512bf16_for_cpu = False
+            weight: Parameter = module.weight
+            if getattr(weight.quant_state, "packing_format_for_cpu", False):
                 import bitsandbytes as bnb
 
                 unpack = bnb.nn.modules._convert_weight_packed_for_cpu_inverse
-                weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)  # type: ignore[attr-defined]
+                weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
 
 
 def requantize(module: nn.Module, weight: Tensor) -> None:
     """Replace the 4-bit weight of an unsharded layer by a new parameter holding `weight` quantized anew."""
     import bitsandbytes as bnb
 
-    old: Parameter = module.weight  # type: ignore[assignment]
-    settings = {k: getattr(old, k) for k in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+    old: Parameter = module.weight
+    settings = {
+        k: getattr(old, k) for k in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    }
     new = bnb.nn.Params4bit(weight.detach().to("cpu"), requires_grad=False, module=module, **settings)
     module.weight = new.to(old.device)
 
@@ -76,4 +78,4 @@ def requantize(module: nn.Module, weight: Tensor) -> None:
 def restore_quantized(module: nn.Module, weight: Parameter) -> None:
     """Put back the 4-bit parameter that `requantize` replaced."""
     module.weight = weight
-    module.quant_state = weight.quant_state  # type: ignore[attr-defined, assignment]
+    module.quant_state = weight.quant_state
