@@ -20,7 +20,7 @@ from secura_ds.errors import UserError
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turn a full disk or a refused folder into one line; anything else passes through."""
     try:
         yield
@@ -37,7 +37,7 @@ def _explained(path: Path) -> Iterator[None]:
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` that takes its place once the block has ended well."""
     path = Path(path)
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         os.close(handle)
@@ -83,18 +83,18 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path} already exists: choose another folder, or allow overwriting it")
-    with _explained(path):
+    with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         temporary.chmod(0o755)
         try:
             yield temporary
-            _swap(temporary, path)
+            swap_folder(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _swap(new: Path, path: Path) -> None:
+def swap_folder(new: Path, path: Path) -> None:
     """Put `new` at `path`; what was there goes only after the new folder stands."""
     if not path.exists():
         new.rename(path)
