@@ -217,3 +217,9 @@ def test_schema_describes_every_key_and_forbids_others() -> None:
         for key, value in part["properties"].items():
             assert "description" in value or "$ref" in value or key == "adapter", key
     assert schema["required"] == ["name", "backbone", "adapter", "data", "training"]
+
+
+def test_schema_file_is_current() -> None:
+    """After a change of the schema: make schema."""
+    path = Path(__file__).parents[3] / "recipes" / "recipe.schema.json"
+    assert json.loads(path.read_text()) == recipe_schema()
