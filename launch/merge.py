@@ -1,0 +1,80 @@
+"""Merge an adapter into its base model, streaming: base shards in, one merged Hugging Face checkpoint out.
+
+Interrupted, it leaves only OUT.partial; the same command again goes on from the last finished shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import secura_ds  # noqa: F401 - registers our adapter with PEFT
+from secura_ds.errors import run_command
+from secura_ds.files import atomic_write_json
+from secura_ds.merge import MergeReport, merge, resolve_base
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, merge, and say what was done."""
+    options = _parser().parse_args(arguments)
+    # A preempted merge ends as after Ctrl-C: finished shards stay for the next try.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    report = merge(
+        resolve_base(options.base),
+        options.adapter,
+        options.out,
+        onto=options.onto,
+        check=not options.no_check,
+        overwrite=options.overwrite,
+        progress=not options.quiet,
+    )
+    run = options.adapter.resolve().parent
+    if (run / "recipe.resolved.json").is_file():
+        atomic_write_json(run / "merge.json", asdict(report))
+    print(_summary(report))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="launch/merge.py", description=__doc__)
+    parser.add_argument("--base", required=True, help="checkpoint folder, hub id or embedded:smollm2-135m")
+    parser.add_argument(
+        "--adapter", required=True, type=Path, metavar="DIR", help="a SECURA, LoRA or DoRA adapter"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder of the merged checkpoint"
+    )
+    parser.add_argument(
+        "--onto",
+        choices=("trained", "original"),
+        default="trained",
+        help="after 4-bit training: onto the dequantized weights it saw (default), or the base's own",
+    )
+    parser.add_argument(
+        "--no-check", action="store_true", help="leave out the strict load and the logit comparison"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _summary(report: MergeReport) -> str:
+    counts = f"{report.adapted_tensors} tensors adapted, {report.untouched_tensors} untouched"
+    if report.dequantized_tensors:
+        counts += f", {report.dequantized_tensors} dequantized"
+    gap = f"not measured: {report.check_skipped}"
+    if report.max_logit_gap is not None:
+        gap = f"{report.max_logit_gap:.3g} (KL {report.kl:.3g} nats a token)"
+    return (
+        f"{report.out}: {report.bytes / 1e9:.2f} GB in {report.seconds:.1f} s, {counts}\n"
+        f"peak memory of the merge: {report.peak_memory_bytes / 2**20:.0f} MiB\n"
+        f"max logit gap between adapter model and merged model: {gap}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,8 @@
+"""Streaming merge of an adapter into a checkpoint on disk: base shards in, merged shards out.
+
+Never holds more than one tensor and a few row blocks. Untouched tensors are copied byte for byte.
+"""
+
+from secura_ds.merge.merge import MergeReport, merge, resolve_base
+
+__all__ = ["MergeReport", "merge", "resolve_base"]

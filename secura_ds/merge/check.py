@@ -1,0 +1,142 @@
+"""Is the merged checkpoint the model that was trained? A strict load from headers, and the logits' gap."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+
+from secura_ds.errors import UserError
+from secura_ds.merge.adapter_file import AdapterFile
+from secura_ds.merge.checkpoint import Checkpoint
+from secura_ds.sharding import keep_exact
+
+PROBE_TEXT = (
+    "The capital of France is Paris, and water boils at one hundred degrees Celsius at sea level. "
+    "Please write the order as JSON: two kilos of apples, delivered on Tuesday to 12 Mill Lane."
+)
+
+
+@dataclass(frozen=True)
+class LogitGap:
+    """Adapter model against merged model on `PROBE_TEXT`; `skipped` says why there is no figure.
+
+    Attributes:
+        max_logit_gap: largest absolute difference of two logits.
+        kl: mean over positions of KL(adapter model || merged model), in nats.
+    """
+
+    max_logit_gap: float | None = None
+    kl: float | None = None
+    skipped: str | None = None
+
+
+def check_strict_load(folder: Path) -> None:
+    """Load `folder` onto the meta device: no weight is read, every key and shape is compared.
+
+    Raises:
+        UserError: a key is missing, unexpected or misshapen, or the model's class is unknown.
+    """
+    with _quiet():
+        try:
+            _, info = _load(folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"{folder}: its model cannot be built ({reason}); mend it, or merge without the check"
+            ) from error
+    wrong = sorted(
+        info["missing_keys"] | info["unexpected_keys"] | {key for key, *_ in info["mismatched_keys"]}
+    )
+    if wrong:
+        raise UserError(
+            f"{folder} does not load strictly: {len(wrong)} tensors are missing, unexpected or misshapen, "
+            f"the first is {wrong[0]}; weights and config.json are not of one model"
+        )
+
+
+def logit_gap(base: Checkpoint, adapter: AdapterFile, merged: Path) -> LogitGap:
+    """Compare the adapter on its base with the merged model, one model in memory at a time."""
+    # Restrained weights may be kept beside the base's in evaluation.
+    needed = 2 * base.num_bytes + 2**29
+    device = _device_with(needed)
+    if device is None:
+        return LogitGap(skipped=f"needs {needed / 2**30:.1f} GiB of free memory")
+    with _quiet(), torch.inference_mode():
+        tokens = _probe_tokens(merged).to(device)
+        model = _load(base.folder, device_map=device, **_quantized(adapter))
+        keep_exact(model)
+        expected = _logits(PeftModel.from_pretrained(model, str(adapter.folder)), tokens)
+        del model
+        gc.collect()
+        got = _logits(_load(merged, device_map=device), tokens)
+    log_p, log_q = expected.log_softmax(-1), got.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    return LogitGap(float((expected - got).abs().max()), max(0.0, float(kl)))
+
+
+def _load(folder: Path, **options: Any) -> Any:
+    """The model of the class that config.json names."""
+    config = AutoConfig.from_pretrained(folder)
+    names = config.architectures or []
+    model_class = getattr(transformers, names[0], None) if names else None
+    return (model_class or transformers.AutoModelForCausalLM).from_pretrained(folder, dtype="auto", **options)
+
+
+def _quantized(adapter: AdapterFile) -> dict[str, Any]:
+    recorded = adapter.config.get("base_quantization")
+    return {"quantization_config": BitsAndBytesConfig.from_dict(recorded)} if recorded else {}
+
+
+def _logits(model: PreTrainedModel | PeftModel, tokens: Tensor) -> Tensor:
+    return model.eval()(input_ids=tokens).logits[0].float().cpu()
+
+
+def _probe_tokens(folder: Path) -> Tensor:
+    """`PROBE_TEXT` as ids (1, n); the first ids of the vocabulary where the checkpoint has no tokenizer."""
+    if (folder / "tokenizer_config.json").is_file():
+        ids: Tensor = AutoTokenizer.from_pretrained(folder)(PROBE_TEXT, return_tensors="pt").input_ids
+        return ids
+    return torch.arange(min(32, AutoConfig.from_pretrained(folder).vocab_size)).unsqueeze(0)
+
+
+def _device_with(needed: int) -> str | None:
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > needed:
+        return "cuda"
+    return "cpu" if min(psutil.virtual_memory().available, _cgroup_free()) > needed else None
+
+
+def _cgroup_free() -> float:
+    """Free bytes under the container's limit; infinite without one."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):
+        return math.inf
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' own bars and load reports: the merge speaks for itself."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -1,0 +1,175 @@
+"""What an adapter does to each tensor of its base: one function per touched tensor.
+
+An edit takes the base tensor, in memory of its own, and returns the merged one in the same dtype and shape.
+It works in row blocks and overwrites its argument, so that a merge holds one tensor and a few blocks.
+W (out, in), C (out, r), R (r, in), A (r, m), B (m, r), U (r, r); for LoRA A (r, in), B (out, r).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from secura_ds.adapter.config import SecuraConfig
+from secura_ds.errors import UserError
+from secura_ds.merge.adapter_file import AdapterFile, Parts
+from secura_ds.merge.checkpoint import Checkpoint, StoredTensor
+from secura_ds.merge.quantization import Quantization
+from secura_ds.method import cabr
+from secura_ds.sharding import SliceUpdate, fold_slices
+
+Edit = Callable[[Tensor], Tensor]
+
+# Another device may have quantized a rare tie differently; another model differs all over.
+QUANTIZED_TOLERANCE = 0.05
+
+
+def plan_edits(base: Checkpoint, adapter: AdapterFile, onto: str) -> dict[str, Edit]:
+    """The edit of every touched base tensor, by tensor name. Reads headers only.
+
+    Args:
+        base: the checkpoint to merge into.
+        adapter: the adapter's file and settings.
+        onto: "trained" replaces 4-bit weights by what training saw, "original" keeps the checkpoint's own.
+
+    Raises:
+        UserError: adapter and base do not belong together (a module or tensor is missing, a shape differs).
+    """
+    edits: dict[str, Edit] = {}
+    if adapter.quantization is not None and onto == "trained":
+        for module in adapter.quantized_modules:
+            edits[_weight_of(base, adapter, module).name] = adapter.quantization.round_trip
+    settings = SecuraConfig.from_pretrained(str(adapter.folder)) if adapter.kind == "SECURA" else None
+    for module, parts in adapter.modules.items():
+        weight = _weight_of(base, adapter, module)
+        _require_parts(base, adapter, module, parts, weight.shape)
+        quantization = adapter.quantization if module in adapter.quantized_modules else None
+        if settings is not None:
+            edits[weight.name] = partial(_secura, settings, parts, quantization, onto)
+        else:
+            scaling = _lora_scaling(adapter.config, module, parts["A"].shape[0])
+            edits[weight.name] = partial(_lora, scaling, parts, quantization if onto == "trained" else None)
+    for name, stored in adapter.replacements.items():
+        _require_shape(base, stored, _tensor_of(base, adapter, name).shape)
+        edits[name] = partial(_replace, stored)
+    return edits
+
+
+def _tensor_of(base: Checkpoint, adapter: AdapterFile, name: str) -> StoredTensor:
+    if name in base.tensors:
+        return base.tensors[name]
+    trained_on = adapter.config.get("base_model_name_or_path") or "another model"
+    raise UserError(
+        f"{adapter.folder} changes {name}, which {base.folder} does not hold (another model, or a head tied "
+        f"to the embeddings): give the base it was trained on ({trained_on})"
+    )
+
+
+def _weight_of(base: Checkpoint, adapter: AdapterFile, module: str) -> StoredTensor:
+    weight = _tensor_of(base, adapter, f"{module}.weight")
+    if len(weight.shape) != 2:
+        raise UserError(
+            f"{weight.file}: {weight.name} is {list(weight.shape)}; only linear layers can be merged"
+        )
+    return weight
+
+
+def _require_parts(
+    base: Checkpoint, adapter: AdapterFile, module: str, parts: Parts, weight: tuple[int, ...]
+) -> None:
+    needed = {"A", "B", "C", "R", "U", "columns"} if adapter.kind == "SECURA" else {"A", "B"}
+    for part in sorted(needed - parts.keys()):
+        raise UserError(f"{adapter.folder}: {module} lacks its part {part}; save the adapter again")
+    (num_rows, num_columns), (rank, inner) = weight, parts["A"].shape
+    shapes: dict[str, tuple[int, ...]]
+    if adapter.kind == "SECURA":
+        shapes = {"B": (inner, rank), "C": (num_rows, rank), "R": (rank, num_columns), "U": (rank, rank)}
+        shapes |= {"columns": (rank,), "W": (num_rows, num_columns)}
+    else:
+        shapes = {"A": (rank, num_columns), "B": (num_rows, rank), "magnitude_vector": (num_rows,)}
+    for part in sorted(parts.keys() & shapes.keys()):
+        _require_shape(base, parts[part], shapes[part])
+
+
+def _require_shape(base: Checkpoint, stored: StoredTensor, expected: tuple[int, ...]) -> None:
+    if stored.shape != expected:
+        raise UserError(
+            f"{stored.file}: {stored.name} is {list(stored.shape)}, but the weights of {base.folder} need "
+            f"{list(expected)}: give the base this adapter was trained on"
+        )
+
+
+def _replace(stored: StoredTensor, weight: Tensor) -> Tensor:
+    return _read(stored).to(weight.dtype)
+
+
+def _read(stored: StoredTensor) -> Tensor:
+    tensor = stored.read()
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(
+            f"{stored.file}: {stored.name} is not finite; use an earlier checkpoint of the adapter"
+        )
+    return tensor
+
+
+def _secura(
+    config: SecuraConfig, parts: Parts, quantization: Quantization | None, onto: str, W: Tensor
+) -> Tensor:
+    """The base weight, its 4-bit image or what M1 folded, plus the restrained update (method.md 3 and 5)."""
+    trained = W
+    if quantization is not None:
+        trained = quantization.round_trip(W if onto == "trained" else W.clone())
+    C = _read(parts["C"])
+    _require_columns(parts, C, trained, exact=quantization is None)
+    del trained
+    if "W" in parts:
+        W = _read(parts["W"]).to(W.dtype)
+    core = cabr.core(_read(parts["A"]), _read(parts["B"]), _read(parts["U"]))
+    fold_slices([SliceUpdate(W, C, core, _read(parts["R"]), config.scaling, config.restraint)])
+    return W
+
+
+def _require_columns(parts: Parts, C: Tensor, trained: Tensor, *, exact: bool) -> None:
+    """C is a piece of the weight that was trained against, so it tells whether this is that weight."""
+    indices = _read(parts["columns"])
+    same = bool((indices >= 0).all() and (indices < trained.shape[1]).all())
+    if same:
+        columns = trained[:, indices]
+        if exact:
+            # Training may have held a 32-bit base in 16 bits, and PEFT stores 16-bit buffers in 32.
+            dtypes = (C.dtype, torch.bfloat16, torch.float16)
+            same = any(torch.equal(C, columns.to(dtype).to(C.dtype)) for dtype in dtypes)
+        else:
+            gap = torch.linalg.vector_norm(C.double() - columns.double())
+            same = bool(gap <= QUANTIZED_TOLERANCE * torch.linalg.vector_norm(columns.double()))
+    if not same:
+        raise UserError(
+            f"{parts['C'].file}: {parts['C'].name} is not a piece of the base's weight, so the adapter was "
+            "trained on other weights of the same shape: give the base it was trained on"
+        )
+
+
+def _lora_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    patterns: dict[str, float] = config.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _lora(scaling: float, parts: Parts, quantization: Quantization | None, W: Tensor) -> Tensor:
+    """W + s B A; for DoRA (arXiv 2402.09353, eq. 5) each row then takes its trained magnitude."""
+    if quantization is not None:
+        W = quantization.round_trip(W)
+    A, B = _read(parts["A"]).float(), _read(parts["B"]).float()
+    magnitude = _read(parts["magnitude_vector"]).float() if "magnitude_vector" in parts else None
+    for rows in cabr.row_blocks(*W.shape):
+        merged = (B[rows] @ A).mul_(scaling).add_(W[rows])
+        if magnitude is not None:
+            merged *= (magnitude[rows] / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
+        W[rows] = merged
+    return W

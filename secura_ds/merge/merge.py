@@ -1,0 +1,203 @@
+"""The merge from end to end: do the inputs belong together, write shard by shard, check the output."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import huggingface_hub
+from huggingface_hub.errors import HFValidationError
+from tqdm import tqdm
+
+from secura_ds.embedded import embedded_checkpoint
+from secura_ds.errors import UserError
+from secura_ds.files import atomic_write_json, explained, swap_folder
+from secura_ds.merge.adapter_file import AdapterFile, open_adapter
+from secura_ds.merge.check import LogitGap, check_strict_load, logit_gap
+from secura_ds.merge.checkpoint import Checkpoint, open_checkpoint
+from secura_ds.merge.edits import Edit, plan_edits
+from secura_ds.merge.memory import PeakMemory
+from secura_ds.merge.work import WorkFolder
+
+Onto = Literal["trained", "original"]
+
+REPORT_NAME = "merge.json"
+_EMBEDDED = "embedded:"
+_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did; written to `merge.json` in the merged folder.
+
+    Attributes:
+        seconds: wall time, the check included.
+        bytes: size of the merged weights.
+        resumed_bytes: how many of them an earlier, interrupted run had finished.
+        adapted_tensors: tensors the adapter changed or replaced.
+        dequantized_tensors: tensors that only took the values 4-bit training saw.
+        untouched_tensors: tensors copied byte for byte.
+        peak_memory_bytes: growth of the process's memory while merging, the check excluded.
+        max_logit_gap: largest difference of a logit between adapter model and merged model.
+        kl: mean KL(adapter model || merged model) per token, in nats.
+        check_skipped: why these two are None, else None.
+    """
+
+    base: str
+    adapter: str
+    out: str
+    onto: str
+    seconds: float
+    bytes: int
+    resumed_bytes: int
+    adapted_tensors: int
+    dequantized_tensors: int
+    untouched_tensors: int
+    peak_memory_bytes: int
+    max_logit_gap: float | None
+    kl: float | None
+    check_skipped: str | None
+
+
+def resolve_base(base: str) -> Path:
+    """The folder of a base named by its path, by `embedded:<name>` or by a hub id (fetched if not cached).
+
+    Raises:
+        UserError: it is none of these, or cannot be fetched.
+    """
+    if base.startswith(_EMBEDDED):
+        return embedded_checkpoint(base.removeprefix(_EMBEDDED))
+    if Path(base).is_dir():
+        return Path(base)
+    try:
+        return Path(huggingface_hub.snapshot_download(base, ignore_patterns=_OTHER_WEIGHTS))
+    except (HFValidationError, OSError) as error:
+        raise UserError(
+            f"base is {base}: no such folder, and the hub does not give it ({_first_line(error)}); "
+            "give a checkpoint's folder, a hub id or embedded:smollm2-135m"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def merge(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    onto: Onto = "trained",
+    check: bool = True,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> MergeReport:
+    """Merge `adapter` into the checkpoint `base` and write a plain Hugging Face checkpoint to `out`.
+
+    Works in `out.partial`: an interrupted merge leaves nothing named `out`, and the same call again goes on
+    after the last finished shard. Keys, dtypes, shapes, tied weights and configuration are the base's.
+
+    Args:
+        base: folder of a safetensors checkpoint.
+        adapter: folder of a SECURA, LoRA or DoRA adapter.
+        out: the folder to make.
+        onto: what a 4-bit trained adapter is added to: "trained", the dequantized weights training saw (which
+            then replace the unadapted quantized weights too), or "original", the base's own.
+        check: load strictly from headers, and measure the gap of the logits where memory allows.
+        overwrite: replace `out` if it exists.
+        progress: show a bar.
+
+    Raises:
+        UserError: inputs are damaged or do not belong together, `out` exists, or the disk is full.
+    """
+    started = time.monotonic()
+    base, adapter, out = Path(base).resolve(), Path(adapter).resolve(), Path(out).resolve()
+    _require_free(base, adapter, out, overwrite)
+    checkpoint, adapter_file = open_checkpoint(base), open_adapter(adapter)
+    _require_plain(checkpoint, adapter_file)
+    edits = plan_edits(checkpoint, adapter_file, onto)
+    if check:
+        check_strict_load(base)
+    inputs = {
+        "onto": onto,
+        "base": {file.path.name: file.fingerprint() for file in checkpoint.files},
+        "adapter": adapter_file.fingerprint(),
+    }
+    with explained(out), WorkFolder(out.with_name(f"{out.name}.partial"), inputs) as work:
+        resumed, peak = _write_shards(work, checkpoint, edits, progress)
+        work.copy_side_files(checkpoint, adapter_file)
+        work.verify(checkpoint)
+        gap = logit_gap(checkpoint, adapter_file, work.path) if check else LogitGap(skipped="not asked for")
+        report = MergeReport(
+            base=str(base),
+            adapter=str(adapter),
+            out=str(out),
+            onto=onto,
+            seconds=time.monotonic() - started,
+            bytes=checkpoint.num_bytes,
+            resumed_bytes=resumed,
+            adapted_tensors=adapter_file.num_adapted,
+            dequantized_tensors=len(edits) - adapter_file.num_adapted,
+            untouched_tensors=len(checkpoint.tensors) - len(edits),
+            peak_memory_bytes=peak,
+            max_logit_gap=gap.max_logit_gap,
+            kl=gap.kl,
+            check_skipped=gap.skipped,
+        )
+        atomic_write_json(work.path / REPORT_NAME, asdict(report))
+        work.forget()
+        swap_folder(work.path, out)
+    return report
+
+
+def _write_shards(
+    work: WorkFolder, base: Checkpoint, edits: Mapping[str, Edit], progress: bool
+) -> tuple[int, int]:
+    """Write what is not finished yet; returns the bytes that were, and the growth of memory in bytes."""
+    left = [file for file in base.files if not work.has(file)]
+    missing = sum(file.size for file in left)
+    free = shutil.disk_usage(work.path).free
+    if missing > free:
+        raise UserError(
+            f"the merged weights need {missing / 1e9:.2f} GB more, but the disk holding {work.path} has "
+            f"{free / 1e9:.2f} GB free: free some space or choose another folder"
+        )
+    memory = PeakMemory()
+    total, resumed = base.num_bytes, base.num_bytes - missing
+    with tqdm(
+        total=total, initial=resumed, unit="B", unit_scale=True, desc="merge", disable=not progress
+    ) as bar:
+        for file in left:
+            work.write_shard(file, edits, bar.update)
+    return resumed, memory.growth()
+
+
+def _require_free(base: Path, adapter: Path, out: Path, overwrite: bool) -> None:
+    for name, folder in (("base", base), ("adapter", adapter)):
+        if out == folder or out in folder.parents:
+            raise UserError(f"out is {out}, which is or holds the {name} {folder}: choose another folder")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} already exists: choose another folder, or add --overwrite")
+
+
+def _require_plain(base: Checkpoint, adapter: AdapterFile) -> None:
+    """The base is not itself quantized, and no embedding is replaced without the head tied to it."""
+    path = base.folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({_first_line(error)}); copy the checkpoint again") from error
+    if "quantization_config" in config:
+        raise UserError(f"{base.folder} is itself quantized: give the 16-bit checkpoint it was made from")
+    tied = "lm_head.weight" not in base.tensors and not adapter.config.get("ensure_weight_tying")
+    for name, stored in adapter.replacements.items():
+        if tied and len(stored.shape) == 2 and stored.shape[0] == config.get("vocab_size"):
+            raise UserError(
+                f"{adapter.folder} replaces {name}, to which the base ties its head, but training kept "
+                "them apart: a merge would change the model; train with ensure_weight_tying"
+            )
