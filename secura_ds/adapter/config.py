@@ -82,7 +82,7 @@ class SecuraConfig(PeftConfig):
         default=None, metadata={"help": "how the base model was quantized in training"}
     )
     quantized_modules: list[str] | None = field(
-        default=None, metadata={"help": "adapted layers that were quantized in training"}
+        default=None, metadata={"help": "every layer that was quantized in training, adapted or not"}
     )
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ class SecuraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         if sharding.is_quantized(target):
-            _record_quantization(peft_config, self.model, current_key)
+            _record_quantization(peft_config, self.model)
         self._replace_module(parent, target_name, layer, target)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -134,16 +134,20 @@ def _refuse_unsupported(model: nn.Module, target: nn.Module, name: str) -> None:
         )
 
 
-def _record_quantization(config: SecuraConfig, model: nn.Module, name: str) -> None:
+def _record_quantization(config: SecuraConfig, model: nn.Module) -> None:
     """Note in the config what the adapter was trained against, for the merge on disk."""
-    if config.factors_saved:
+    if config.factors_saved or config.quantized_modules is not None:
         return
     given: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     settings = given.to_dict() if hasattr(given, "to_dict") else given
     config.base_quantization = {
         k: _json(v) for k, v in (settings or {"quant_method": "bitsandbytes"}).items()
     }
-    config.quantized_modules = [*(config.quantized_modules or []), name]
+    config.quantized_modules = [
+        name.replace(".base_layer", "")
+        for name, module in model.named_modules()
+        if sharding.is_quantized(module)
+    ]
 
 
 def _json(value: Any) -> Any:

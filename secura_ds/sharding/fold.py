@@ -82,7 +82,7 @@ def fold_slices(updates: Sequence[SliceUpdate]) -> None:
     eps = _eps(updates, pieces)
     maxima = _largest_ratios(updates, pieces, eps)
     for i, (update, piece) in enumerate(zip(updates, pieces, strict=True)):
-        if update.restraint is not None and not maxima[i] > 0:
+        if update.restraint is not None and maxima[i] == 0:
             continue
         for w, d in _blocks(update, piece):
             w.copy_(_changed(w, d, update.restraint, eps[i], maxima[i]))
