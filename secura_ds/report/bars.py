@@ -8,8 +8,9 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from secura_ds.report.drawing import Plot, Theme, legend_above, render
+from secura_ds.report.drawing import WIDTH, Plot, Theme, legend_above, render
 from secura_ds.report.run_folder import RunFolder
 from secura_ds.report.scores import Score, all_scores
 
@@ -47,9 +48,15 @@ def _bars(runs: Sequence[RunFolder]) -> list[_Bar]:
     if known and all(scores == known[0] for scores in known):
         bars.append(_Bar("before", known[0], None))
     else:
-        bars += [_Bar(f"{run.label}, before", s, i, True) for i, (run, s) in enumerate(zip(runs, befores, strict=True)) if s]
+        bars += [
+            _Bar(f"{run.label}, before", s, i, True)
+            for i, (run, s) in enumerate(zip(runs, befores, strict=True))
+            if s
+        ]
     bars += [
-        _Bar(run.label if several else "after", s, i) for i, (run, s) in enumerate(zip(runs, afters, strict=True)) if s
+        _Bar(run.label if several else "after", s, i)
+        for i, (run, s) in enumerate(zip(runs, afters, strict=True))
+        if s
     ]
     return bars
 
@@ -70,19 +77,31 @@ def _scores(bars: Sequence[_Bar], names: Sequence[str], folder: Path | None) -> 
             _draw_bars(axes, theme, bar, [(x + offset, s) for x, s in group], width * 0.92)
         for x, score in enumerate(shown.values()):
             if score.chance is not None:
-                label = "chance level" if x == _first_chance(shown) else None
+                label = "chance level" if x == _first_chance(shown) else ""
                 y = _percent(score, score.chance)
-                axes.hlines(y, x - 0.45, x + 0.45, colors=theme.ink, linestyles=(0, (3, 2)), linewidth=1.2, label=label)
+                axes.hlines(
+                    y,
+                    x - 0.45,
+                    x + 0.45,
+                    colors=theme.ink,
+                    linestyles=(0, (3, 2)),
+                    linewidth=1.2,
+                    label=label,
+                )
         axes.set_xticks(range(len(names)), [_tick(score) for score in shown.values()], color=theme.ink)
         axes.tick_params(axis="x", length=0)
-        axes.set_ylabel("score, % (or points)" if any(s.unit == "points" for s in shown.values()) else "score, %")
+        axes.set_ylabel(
+            "score, % (or points)" if any(s.unit == "points" for s in shown.values()) else "score, %"
+        )
         axes.set_ylim(0, 108)
         axes.set_yticks(range(0, 101, 20))
         axes.grid(axis="x", visible=False)
         legend_above(figure, axes)
 
     alt = "Bar plot of scores. " + " ".join(
-        f"{_tick(shown[name])}: " + ", ".join(f"{b.label} {b.scores[name].text()}" for b in bars if name in b.scores) + "."
+        f"{_tick(shown[name])}: "
+        + ", ".join(f"{b.label} {b.scores[name].text()}" for b in bars if name in b.scores)
+        + "."
         for name in names
     )
     note = "Error bars are one standard error."
@@ -105,7 +124,9 @@ def _draw_bars(axes: Axes, theme: Theme, bar: _Bar, group: list[tuple[float, Sco
     if width > 0.13:
         for (x, score), height in zip(group, heights, strict=True):
             top = height + _percent(score, score.stderr or 0.0)
-            axes.annotate(f"{height:.0f}", (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+            axes.annotate(
+                f"{height:.0f}", (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=8
+            )
 
 
 def _first_chance(shown: dict[str, Score]) -> int:
@@ -148,7 +169,11 @@ def _losses(changes: list[tuple[str, dict[str, tuple[float, float | None]]]], fo
             offset = (place - (len(changes) - 1) / 2) * height
             spots = [(y + offset, row[name][0]) for y, name in enumerate(names) if name in row]
             axes.barh(
-                [y for y, _ in spots], [x for _, x in spots], height * 0.9, color=theme.color(place), label=label
+                [y for y, _ in spots],
+                [x for _, x in spots],
+                height * 0.9,
+                color=theme.color(place),
+                label=label,
             )
             for y, x in spots:
                 side = 4 if x >= 0 else -4
@@ -166,12 +191,16 @@ def _losses(changes: list[tuple[str, dict[str, tuple[float, float | None]]]], fo
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.margins(x=0.25)
-        axes.set_xlabel("change of mean loss, nats per token (less is better)")
+        axes.set_xlabel("change of loss, nats per token")
         axes.grid(axis="y", visible=False)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         legend_above(figure, axes)
 
+    size = (WIDTH, 1.0 + 0.42 * len(names) * max(1.0, 0.6 * len(changes)))
     alt = "Bar plot of the change of mean token loss on text it was not trained on. " + " ".join(
         f"{label}: " + ", ".join(f"{name} {change:+.3f}" for name, (change, _) in row.items()) + "."
         for label, row in changes
     )
-    return render(draw, name="text-loss", title="General text: change of loss", alt=alt, folder=folder)
+    return render(
+        draw, name="text-loss", title="General text: change of loss", alt=alt, size=size, folder=folder
+    )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
+from secura_ds.report import numbers
 from secura_ds.report.drawing import DASHES, MARKERS, Plot, Theme, legend_above, render, step_axis
 from secura_ds.report.run_folder import RunFolder, Series
 
@@ -26,7 +29,11 @@ CURVES = (
 
 def training_curves(runs: Sequence[RunFolder], folder: Path | None) -> list[Plot]:
     """The loss and every other logged quantity that at least one run has."""
-    plots = [_loss(runs, folder)] if any(run.series(key)[0] for run in runs for key in ("loss", "eval_loss")) else []
+    plots = (
+        [_loss(runs, folder)]
+        if any(run.series(key)[0] for run in runs for key in ("loss", "eval_loss"))
+        else []
+    )
     for key, title, label, scale in CURVES:
         series = {index: run.series(key, scale=scale) for index, run in enumerate(runs)}
         if any(values for _, values in series.values()):
@@ -35,29 +42,35 @@ def training_curves(runs: Sequence[RunFolder], folder: Path | None) -> list[Plot
 
 
 def _loss(runs: Sequence[RunFolder], folder: Path | None) -> Plot:
+    several = len(runs) > 1
+
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         for index, run in enumerate(runs):
-            name = f"{run.label}: " if len(runs) > 1 else ""
-            draw_line(axes, run.series("loss"), theme, index, f"{name}training")
+            draw_line(axes, run.series("loss"), theme, index, run.label if several else "training")
             steps, values = run.series("eval_loss")
             if values:
                 axes.plot(
                     steps,
                     values,
-                    color=theme.color(index) if len(runs) > 1 else theme.color(1),
-                    linestyle="none" if len(values) == 1 else (0, (2, 1.5)),
+                    color=theme.color(index if several else 1),
+                    linestyle=(0, (2, 1.5)),
+                    linewidth=1.2,
                     marker=MARKERS[index % len(MARKERS)],
                     markersize=5,
                     markeredgecolor=theme.paper,
-                    label=f"{name}validation",
+                    label=None if several else "validation",
                     zorder=4,
                 )
+        if several and any(run.series("eval_loss")[0] for run in runs):
+            axes.plot([], [], "o", color=theme.muted, markersize=5, label="validation (markers)")
         axes.set_ylabel("nats per token")
         step_axis(axes)
-        legend_above(figure, axes, columns=2)
+        legend_above(figure, axes)
 
-    parts = [_spoken(run, "loss", "training loss") + _spoken(run, "eval_loss", "validation loss") for run in runs]
+    parts = [
+        _spoken(run, "loss", "training loss") + _spoken(run, "eval_loss", "validation loss") for run in runs
+    ]
     return render(
         draw, name="loss", title="Loss", alt="Line plot of the loss. " + "".join(parts), folder=folder
     )
@@ -77,13 +90,15 @@ def _curve(
             draw_line(axes, series[index], theme, index, run.label)
         axes.set_ylabel(label)
         if key == "learning_rate":
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.compact(value)))
         if key in ("tokens_per_second", "memory_bytes"):
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(value for _, values in series.values() for value in values))
         step_axis(axes)
-        legend_above(figure, axes, columns=2)
+        legend_above(figure, axes)
 
-    alt = f"Line plot of {title.lower()} ({label}). " + "".join(_spoken(run, key, title.lower()) for run in runs)
+    alt = f"Line plot of {title.lower()} ({label}). " + "".join(
+        _spoken(run, key, title.lower()) for run in runs
+    )
     return render(draw, name=key.replace("_", "-"), title=title, alt=alt, folder=folder)
 
 
@@ -92,7 +107,7 @@ def draw_line(axes: Axes, series: Series, theme: Theme, index: int, label: str) 
     steps, values = series
     if not values:
         return
-    style = {"color": theme.color(index), "linestyle": DASHES[index % len(DASHES)]}
+    style: dict[str, Any] = {"color": theme.color(index), "linestyle": DASHES[index % len(DASHES)]}
     marker = "o" if len(values) == 1 else None
     if len(values) < SMOOTH_FROM:
         axes.plot(steps, values, label=label, marker=marker, **style)
@@ -102,7 +117,7 @@ def draw_line(axes: Axes, series: Series, theme: Theme, index: int, label: str) 
 
 
 def moving_mean(values: Sequence[float], width: int) -> np.ndarray:
-    """Centred mean over up to `width` neighbours (an odd number); shorter at both ends, so as long as `values`."""
+    """Centred mean over up to `width` neighbours, fewer at both ends: as long as `values`."""
     half = max(1, width) // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
@@ -115,4 +130,6 @@ def _spoken(run: RunFolder, key: str, name: str) -> str:
     steps, values = run.series(key, scale=scale)
     if not values:
         return ""
-    return f"{run.label}: {name} {values[0]:.3g} at step {steps[0]:g}, {values[-1]:.3g} at step {steps[-1]:g}. "
+    return (
+        f"{run.label}: {name} {values[0]:.3g} at step {steps[0]:g}, {values[-1]:.3g} at step {steps[-1]:g}. "
+    )

@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -19,7 +20,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", (0, (5, 1.6)), (0, (1.4, 1.3)), (0, (6, 1.5, 1.4, 1.5)))
 """Runs differ in marker and dash as well as in colour."""
 
-POINTS_PER_INCH = 72
+WIDTH = 3.9
+"""Inches. About the width of a phone, so that a plot is read at its drawn size wherever it stands."""
+
+LABEL_LENGTH = 44
+LEGEND_ROW = 0.19
+"""Height of one more line of a legend, inches."""
+
+PIXELS_PER_INCH = 96
 PNG_DPI = 160
 
 
@@ -84,7 +92,7 @@ def render(
     alt: str,
     folder: Path | None,
     note: str = "",
-    size: tuple[float, float] = (4.8, 2.9),
+    size: tuple[float, float] = (WIDTH, 2.6),
 ) -> Plot:
     """Draw a figure for light and dark pages; the light one also goes to `folder`/`name`.png.
 
@@ -97,34 +105,27 @@ def render(
         note: One line under the plot.
         size: Width and height in inches.
     """
-    uris = [_draw(draw, theme, size) for theme in (LIGHT, DARK)]
-    if folder is not None:
-        atomic_write_bytes(folder / f"{name}.png", _saved(draw, LIGHT, size, "png"))
-    width, height = (round(inches * POINTS_PER_INCH * 4 / 3) for inches in size)
+    uris = []
+    for theme in (LIGHT, DARK):
+        with matplotlib.rc_context(_settings(theme)):
+            figure = Figure(figsize=size, layout="constrained")
+            draw(figure, theme)
+            svg = _saved(figure, format="svg", transparent=True, metadata={"Date": None})
+            if folder is not None and theme is LIGHT:
+                png = _saved(figure, format="png", metadata={"Software": None})
+                atomic_write_bytes(folder / f"{name}.png", png)
+        uris.append("data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii"))
+    width, height = (round(inches * PIXELS_PER_INCH) for inches in figure.get_size_inches())
     return Plot(name, title, alt, note, uris[0], uris[1], width, height)
 
 
-def _draw(draw: Draw, theme: Theme, size: tuple[float, float]) -> str:
-    svg = _saved(draw, theme, size, "svg")
-    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode("ascii")
-
-
-def _saved(draw: Draw, theme: Theme, size: tuple[float, float], kind: str) -> bytes:
+def _saved(figure: Figure, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_settings(theme)):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure, theme)
-        figure.savefig(
-            buffer,
-            format=kind,
-            dpi=PNG_DPI,
-            transparent=kind == "svg",
-            metadata={"Date": None} if kind == "svg" else {"Software": None},
-        )
+    figure.savefig(buffer, dpi=PNG_DPI, **options)
     return buffer.getvalue()
 
 
-def _settings(theme: Theme) -> dict[str, object]:
+def _settings(theme: Theme) -> dict[Any, Any]:
     return {
         "font.family": "DejaVu Sans",
         "font.size": 9,
@@ -162,8 +163,18 @@ def step_axis(axes: Axes) -> None:
     axes.grid(axis="x", visible=False)
 
 
-def legend_above(figure: Figure, axes: Axes, *, columns: int = 3) -> None:
-    """A legend above the plot area, where it can hide no data; none for a single entry."""
+def legend_above(figure: Figure, axes: Axes) -> None:
+    """A legend above the plot area, where it can hide no data; none for a single entry.
+
+    It takes its room from a figure that grows by as much, so that the plot area keeps its size.
+    """
     handles, labels = axes.get_legend_handles_labels()
-    if len(handles) > 1:
-        figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(handles)))
+    if len(handles) < 2:
+        return
+    labels = [label if len(label) <= LABEL_LENGTH else f"{label[: LABEL_LENGTH - 1]}…" for label in labels]
+    longest = max(len(label) for label in labels)
+    columns = 3 if longest <= 12 else 2 if longest <= 20 else 1
+    rows = -(-len(handles) // columns)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + LEGEND_ROW * (rows - 1))
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns)

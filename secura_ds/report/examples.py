@@ -39,7 +39,11 @@ def side_by_side(runs: Sequence[RunFolder]) -> tuple[list[Example], int]:
     start = next((run for run in runs if _examples(run.before)), None)
     if start is not None:
         columns.append(("before", _examples(start.before)))
-    columns += [("after" if len(runs) == 1 else run.label, _examples(run.after)) for run in runs if _examples(run.after)]
+    columns += [
+        ("after" if len(runs) == 1 else run.label, _examples(run.after))
+        for run in runs
+        if _examples(run.after)
+    ]
     prompts: dict[tuple[str, str], list[Answer]] = {}
     for who, examples in columns:
         for example in examples:

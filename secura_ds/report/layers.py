@@ -1,4 +1,4 @@
-"""What S-MagNorm did to each layer: heat maps over layers and steps, with the last step as bars beside them."""
+"""What S-MagNorm did to each layer: heat maps over layers and steps, the last step beside them."""
 
 from __future__ import annotations
 
@@ -8,30 +8,49 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from secura_ds.report import numbers
 from secura_ds.report.curves import draw_line
-from secura_ds.report.drawing import Plot, Theme, legend_above, render, step_axis
+from secura_ds.report.drawing import WIDTH, Plot, Theme, legend_above, render, step_axis
 from secura_ds.report.run_folder import RunFolder, Series
 
 MAX_COLUMNS = 240
 """More recorded steps than this are thinned out evenly: a pixel can show no more."""
 
-LOG_RANGE = 30.0
-"""Values that span more than this factor get a logarithmic colour scale."""
+
+@dataclass(frozen=True)
+class _Statistic:
+    """How one quantity of `statistics.jsonl` is drawn."""
+
+    key: str
+    title: str
+    note: str
+    logarithmic: bool = False
+    from_zero: bool = False
+
 
 STATISTICS = (
-    # key, title, note
-    (
+    _Statistic(
         "relative_change",
         "Relative change of the weights",
         "Frobenius norm of the change, over that of the pretrained weight.",
+        from_zero=True,
     ),
-    ("limiter_mean", "Mean limiter M", "The update of a weight is divided by M: 1 keeps it whole, 2 halves it."),
-    ("ratio_max", "Largest ratio |D| / (|W| + eps)", "The element that changed most relative to itself; it sets the scale for all others of its layer."),
+    _Statistic(
+        "limiter_mean",
+        "Mean limiter M",
+        "The update of a weight is divided by M: 1 keeps it whole, 2 halves it.",
+    ),
+    _Statistic(
+        "ratio_max",
+        "Largest ratio |D| / (|W| + eps)",
+        "The element that changed most relative to itself; it sets the scale for all others of its layer.",
+        logarithmic=True,
+    ),
 )
 
 
@@ -53,7 +72,7 @@ def layer_plots(runs: Sequence[RunFolder], folder: Path | None) -> list[tuple[st
         result.append(("All runs", [_overlay(runs, folder)]))
     for index in recorded:
         prefix = f"run{index + 1}-" if len(runs) > 1 else ""
-        plots = [_statistic(runs[index], *statistic, prefix, folder) for statistic in STATISTICS]
+        plots = [_statistic(runs[index], statistic, prefix, folder) for statistic in STATISTICS]
         result.append((runs[index].label, [plot for plot in plots if plot is not None]))
     return result
 
@@ -88,41 +107,53 @@ def _panels(layers: dict[str, Series]) -> list[_Panel]:
     return panels
 
 
-def _statistic(run: RunFolder, key: str, title: str, note: str, prefix: str, folder: Path | None) -> Plot | None:
-    panels = _panels(run.layer_series(key))
+def _statistic(run: RunFolder, statistic: _Statistic, prefix: str, folder: Path | None) -> Plot | None:
+    panels = _panels(run.layer_series(statistic.key))
     if not panels:
         return None
-    norm = _norm(np.concatenate([panel.values.ravel() for panel in panels]))
+    norm = _norm(np.concatenate([panel.values.ravel() for panel in panels]), statistic)
 
     def draw(figure: Figure, theme: Theme) -> None:
         grid = figure.subplots(
             len(panels), 2, squeeze=False, sharex="col", sharey="row", gridspec_kw={"width_ratios": (3, 1)}
         )
-        image = None
-        for (heat, bars), panel in zip(grid, panels, strict=True):
+        for (heat, end), panel in zip(grid, panels, strict=True):
             image = _heat(heat, panel, norm, theme)
-            _final(bars, panel, norm, theme)
+            _last_step(end, panel, statistic, theme)
         step_axis(grid[-1][0])
-        grid[-1][1].set_xlabel("at the end")
-        figure.colorbar(image, ax=list(grid.ravel()), location="top", aspect=45, pad=0.02).outline.set_visible(False)
+        grid[-1][1].set_xlabel("last step")
+        bar = figure.colorbar(
+            image,
+            ax=list(grid.ravel()),
+            location="top",
+            aspect=40,
+            pad=0.02,
+            format=FuncFormatter(lambda value, _: numbers.compact(value)),
+        )
+        bar.outline.set_visible(False)
 
-    name = f"{prefix}{key.replace('_', '-')}"
-    height = 1.15 + len(panels) * (1.75 if len(panels) <= 2 else 1.25)
+    height = 1.1 + len(panels) * (1.6 if len(panels) <= 2 else 1.2)
     return render(
-        draw, name=name, title=title, alt=_spoken(title, panels), note=note, size=(4.8, height), folder=folder
+        draw,
+        name=f"{prefix}{statistic.key.replace('_', '-')}",
+        title=statistic.title,
+        alt=_spoken(statistic.title, panels),
+        note=statistic.note,
+        size=(WIDTH, height),
+        folder=folder,
     )
 
 
-def _norm(values: np.ndarray) -> Normalize:
+def _norm(values: np.ndarray, statistic: _Statistic) -> Normalize:
     finite = values[np.isfinite(values)]
     positive = finite[finite > 0]
-    if positive.size and positive.max() > LOG_RANGE * positive.min():
+    if statistic.logarithmic and positive.size:
         # Everything starts at zero; five decades below the top are enough to see who moves.
         return LogNorm(max(positive.min(), positive.max() * 1e-5), positive.max(), clip=True)
-    return Normalize(float(finite.min()), float(finite.max()))
+    return Normalize(0.0 if statistic.from_zero else float(finite.min()), float(finite.max()))
 
 
-def _heat(axes: Axes, panel: _Panel, norm: Normalize, theme: Theme) -> object:
+def _heat(axes: Axes, panel: _Panel, norm: Normalize, theme: Theme) -> QuadMesh:
     axes.grid(visible=False)
     image = axes.pcolormesh(
         _edges(panel.steps),
@@ -140,18 +171,23 @@ def _heat(axes: Axes, panel: _Panel, norm: Normalize, theme: Theme) -> object:
     return image
 
 
-def _final(axes: Axes, panel: _Panel, norm: Normalize, theme: Theme) -> None:
+def _last_step(axes: Axes, panel: _Panel, statistic: _Statistic, theme: Theme) -> None:
+    """The last recorded value of each layer: bars where zero is the natural start, else points."""
     last = np.array([next((v for v in row[::-1] if np.isfinite(v)), np.nan) for row in panel.values])
-    if isinstance(norm, LogNorm):
+    if statistic.from_zero:
+        axes.barh(panel.blocks, last, height=0.8, color=theme.color(0))
+    else:
+        axes.plot(last, panel.blocks, "o", markersize=2.6, color=theme.color(0))
+        axes.margins(x=0.15)
+    if statistic.logarithmic:
         axes.set_xscale("log")
-        axes.set_xlim(norm.vmin, norm.vmax)
-    elif norm.vmin is not None and norm.vmin >= 1:
-        axes.set_xlim(1, 2)
-    axes.barh(panel.blocks, last, height=0.8, color=theme.color(0))
-    axes.tick_params(axis="y", labelleft=False)
-    axes.grid(axis="y", visible=False)
-    if not isinstance(norm, LogNorm):
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(LogLocator(numticks=3))
+    else:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=2))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.compact(value)))
+    axes.tick_params(axis="y", labelleft=False, length=0)
+    axes.grid(axis="y", visible=False)
 
 
 def _edges(centers: Sequence[float]) -> np.ndarray:
@@ -170,15 +206,24 @@ def _overlay(runs: Sequence[RunFolder], folder: Path | None) -> Plot:
         axes = figure.subplots()
         for index, run in enumerate(runs):
             draw_line(axes, means[index], theme, index, run.label)
-        axes.set_ylabel("relative change, mean over layers")
+        axes.set_ylabel("relative change")
         axes.set_ylim(bottom=0)
         step_axis(axes)
-        legend_above(figure, axes, columns=2)
+        legend_above(figure, axes)
 
     alt = "Line plot of the relative change of the weights, mean over layers. " + "".join(
-        f"{run.label}: {means[index][1][-1]:.3g} at the end. " for index, run in enumerate(runs) if means[index][1]
+        f"{run.label}: {means[index][1][-1]:.3g} at the end. "
+        for index, run in enumerate(runs)
+        if means[index][1]
     )
-    return render(draw, name="relative-change", title="Relative change of the weights", alt=alt, folder=folder)
+    return render(
+        draw,
+        name="relative-change",
+        title="Relative change of the weights",
+        alt=alt,
+        note="Mean over all adapted layers.",
+        folder=folder,
+    )
 
 
 def _mean_series(layers: dict[str, Series]) -> Series:
@@ -195,9 +240,7 @@ def _spoken(title: str, panels: Sequence[_Panel]) -> str:
     for panel in panels:
         last = panel.values[:, -1]
         if np.isfinite(last).any():
-            low, high = np.nanmin(last), np.nanmax(last)
+            low, high = (numbers.compact(value) for value in (np.nanmin(last), np.nanmax(last)))
             top = panel.blocks[int(np.nanargmax(last))]
-            parts.append(
-                f"{panel.kind}: from {numbers.compact(low)} to {numbers.compact(high)} at the end, most in layer {top}."
-            )
+            parts.append(f"{panel.kind}: from {low} to {high} at the end, most in layer {top}.")
     return " ".join(parts)

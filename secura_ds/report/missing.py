@@ -20,7 +20,7 @@ class Missing:
 
 
 def missing_notes(runs: Sequence[RunFolder]) -> dict[str, list[Missing]]:
-    """Absent files by the section of the page that wants them: scores, curves, layers, merge, recipe, environment."""
+    """Absent files by the section of the page that wants them."""
     notes: dict[str, list[Missing]] = {
         name: [] for name in ("scores", "curves", "layers", "merge", "recipe", "environment")
     }
@@ -34,7 +34,12 @@ def missing_notes(runs: Sequence[RunFolder]) -> dict[str, list[Missing]]:
 def _wanted(run: RunFolder) -> list[tuple[str, str, bool, str]]:
     evaluate = "python launch/evaluate.py RECIPE"
     wanted = [
-        ("scores", "evaluation.before.json", run.before is not None, f"{evaluate} --out {run.path}/evaluation.before.json"),
+        (
+            "scores",
+            "evaluation.before.json",
+            run.before is not None,
+            f"{evaluate} --out {run.path}/evaluation.before.json",
+        ),
         (
             "scores",
             "evaluation.after.json",
@@ -42,7 +47,12 @@ def _wanted(run: RunFolder) -> list[tuple[str, str, bool, str]]:
             f"{evaluate} --adapter {run.path}/adapter --out {run.path}/evaluation.after.json",
         ),
         ("curves", "metrics.jsonl", bool(run.metrics), TRAIN),
-        ("merge", "merge.json", run.merge is not None, f"python launch/merge.py --base DIR --adapter {run.path}/adapter --out DIR"),
+        (
+            "merge",
+            "merge.json",
+            run.merge is not None,
+            f"python launch/merge.py --base DIR --adapter {run.path}/adapter --out DIR",
+        ),
         ("recipe", "recipe.resolved.json", run.recipe is not None, TRAIN),
         ("environment", "environment.json", run.environment is not None, TRAIN),
     ]

@@ -14,6 +14,7 @@ from secura_ds.files import atomic_write_text
 from secura_ds.report import numbers, verdict
 from secura_ds.report.bars import score_bars
 from secura_ds.report.curves import training_curves
+from secura_ds.report.drawing import DARK, LIGHT
 from secura_ds.report.examples import side_by_side
 from secura_ds.report.layers import layer_plots
 from secura_ds.report.missing import missing_notes
@@ -27,7 +28,8 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     Args:
         folders: Run folders.
         out: The page's path; by default `report.html` in the run folder, or `comparison.html` in the
-            current folder for several runs. PNGs go into the run's `plots/`, or into `<page>-plots/` beside it.
+            current folder for several runs. PNGs go into the run's `plots/`, or for several runs into
+            `<page>-plots/` beside the page.
 
     Returns:
         The path of the page.
@@ -37,7 +39,9 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """
     runs = read_runs(folders)
     single = len(runs) == 1
-    page = Path(out) if out is not None else runs[0].path / "report.html" if single else Path("comparison.html")
+    page = (
+        Path(out) if out is not None else runs[0].path / "report.html" if single else Path("comparison.html")
+    )
     if page.is_dir():
         raise UserError(f"{page} is a folder: give --out the path of an HTML file")
     plots = runs[0].path / "plots" if single else page.parent / f"{page.stem}-plots"
@@ -54,6 +58,7 @@ def render_page(runs: Sequence[RunFolder], plots: Path | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["unbroken"] = lambda text: text.replace(" %", "\u00a0%").replace(" ±", "\u00a0±")
     html = environment.get_template("report.html").render(_content(runs, plots))
     # Model output may hold lone surrogates, which no file can store.
     return html.encode("utf-8", "replace").decode("utf-8")
@@ -65,7 +70,9 @@ def _content(runs: Sequence[RunFolder], plots: Path | None) -> dict[str, Any]:
     examples, num_examples = side_by_side(runs)
     return {
         "single": single,
-        "title": runs[0].label if single else " against ".join(run.label for run in runs),
+        "light": LIGHT,
+        "dark": DARK,
+        "title": _title([run.label for run in runs]),
         "description": (runs[0].recipe or {}).get("description") if single else None,
         "facts": verdict.fact_rows(runs),
         "runs": [_run_content(run) for run in runs],
@@ -84,6 +91,12 @@ def _content(runs: Sequence[RunFolder], plots: Path | None) -> dict[str, Any]:
     }
 
 
+def _title(labels: Sequence[str]) -> str:
+    if len(labels) == 2:
+        return " against ".join(labels)
+    return " and ".join(part for part in (", ".join(labels[:-1]), labels[-1]) if part)
+
+
 def _run_content(run: RunFolder) -> dict[str, Any]:
     facts = run.run or {}
     return {
@@ -100,7 +113,9 @@ def _run_content(run: RunFolder) -> dict[str, Any]:
 def _topics(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """Per probe with topics: a table of topics against runs, each `before → after`."""
     tables = []
-    names = dict.fromkeys(name for run in runs for side in (run.before, run.after) for name in probe_scores(side))
+    names = dict.fromkeys(
+        name for run in runs for side in (run.before, run.after) for name in probe_scores(side)
+    )
     for name in names:
         columns = [(part_scores(run.before, name), part_scores(run.after, name)) for run in runs]
         topics = list(dict.fromkeys(topic for pair in columns for side in pair for topic in side))
@@ -108,13 +123,17 @@ def _topics(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
         for topic in topics:
             cells = []
             for before, after in columns:
-                sides = [side[topic].value_text() if topic in side else numbers.MISSING for side in (before, after)]
+                sides = [
+                    side[topic].value_text() if topic in side else numbers.MISSING for side in (before, after)
+                ]
                 cells += sides if len(runs) == 1 else [" → ".join(sides)]
             n = next(side[topic].n for pair in columns for side in pair if topic in side)
             rows.append([topic, *cells, numbers.MISSING if n is None else numbers.count(n)])
         if rows:
             heads = ["Before", "After"] if len(runs) == 1 else [run.label for run in runs]
-            tables.append({"name": name.replace("_", " "), "headers": ["Topic", *heads, "Items"], "rows": rows})
+            tables.append(
+                {"name": name.replace("_", " "), "headers": ["Topic", *heads, "Items"], "rows": rows}
+            )
     return tables
 
 
@@ -123,7 +142,13 @@ def recipe_differences(runs: Sequence[RunFolder]) -> list[list[str]]:
     flat = [dict(_flatten(run.recipe or {})) for run in runs]
     keys = dict.fromkeys(key for recipe in flat for key in recipe)
     return [
-        [key, *(json.dumps(recipe[key], ensure_ascii=False) if key in recipe else numbers.MISSING for recipe in flat)]
+        [
+            key,
+            *(
+                json.dumps(recipe[key], ensure_ascii=False) if key in recipe else numbers.MISSING
+                for recipe in flat
+            ),
+        ]
         for key in keys
         if any(recipe.get(key) != flat[0].get(key) for recipe in flat) and key not in ("name", "description")
     ]

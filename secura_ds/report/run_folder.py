@@ -81,7 +81,9 @@ def read_run(path: Path) -> RunFolder:
     if not path.is_dir():
         raise UserError(f"{path} is no folder: give the output_dir of a training run")
     if not any((path / name).is_file() for name in RUN_MARKS):
-        raise UserError(f"{path} is no run folder (it has none of {', '.join(RUN_MARKS)}): give a run's output_dir")
+        raise UserError(
+            f"{path} is no run folder (it has none of {', '.join(RUN_MARKS)}): give a run's output_dir"
+        )
     skipped: dict[str, int] = {}
     recipe = _read_document(path / "recipe.resolved.json")
     return RunFolder(
@@ -131,7 +133,9 @@ def _read_document(path: Path) -> dict[str, Any] | None:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not JSON ({error}); delete it or let its command write it again") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}; let its command write it again")
+        raise UserError(
+            f"{path}: expected a JSON object, found {type(value).__name__}; let its command write it again"
+        )
     return value
 
 

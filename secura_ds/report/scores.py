@@ -101,7 +101,9 @@ def all_scores(evaluation: Mapping[str, Any] | None) -> dict[str, Score]:
 def part_scores(evaluation: Mapping[str, Any] | None, probe: str) -> dict[str, Score]:
     """A probe's scores by topic; empty where the evaluation has none."""
     document = _mapping(_mapping(_mapping(evaluation).get("probes")).get(probe))
-    parts = next((document[key] for key in PART_KEYS if isinstance(document.get(key), Mapping)), {})
+    parts: Mapping[str, Any] = next(
+        (document[key] for key in PART_KEYS if isinstance(document.get(key), Mapping)), {}
+    )
     result = {}
     for topic, part in parts.items():
         fields = part if isinstance(part, Mapping) else {"score": part}

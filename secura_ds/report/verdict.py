@@ -14,6 +14,9 @@ CLEAR = 2.0
 """A difference counts as clear from this many standard errors on."""
 
 
+METHOD_NAMES = {"secura": "SECURA", "lora": "LoRA", "dora": "DoRA"}
+
+
 @dataclass(frozen=True)
 class Finding:
     """One sentence of the verdict; `mark` is `good`, `bad` or `even`."""
@@ -28,7 +31,7 @@ class Card:
 
     title: str
     value: str
-    detail: str
+    details: list[str]
 
 
 def findings(run: RunFolder) -> list[Finding]:
@@ -48,10 +51,12 @@ def _finding(before: Score, after: Score) -> Finding:
             return Finding("even", f"{text}: no clear change.")
         return Finding("good" if change > 0 else "bad", f"{text}.")
     if after.kind == "probe":
-        text = f"{_named(after)}: {before.value_text()} before, {after.value_text()} after"
+        text = f"{_titled(after)}: {before.value_text()} before, {after.value_text()} after"
         if not clear:
             return Finding("good", f"{text}: kept (the change is within {CLEAR:g} standard errors).")
-        return Finding("good" if change > 0 else "bad", f"{text}: {'risen' if change > 0 else 'partly forgotten'}.")
+        return Finding(
+            "good" if change > 0 else "bad", f"{text}: {'risen' if change > 0 else 'partly forgotten'}."
+        )
     direction = "rose" if change > 0 else "fell"
     text = f"Loss on {_named(after)} {direction} by {numbers.decimal(abs(change))} nats per token"
     return Finding("even" if change > 0 else "good", f"{text} (perplexity {perplexity_change(change)}).")
@@ -66,6 +71,11 @@ def _named(score: Score) -> str:
     return score.label.replace("_", " ")
 
 
+def _titled(score: Score) -> str:
+    name = _named(score)
+    return name[:1].upper() + name[1:]
+
+
 def cards(run: RunFolder) -> list[Card]:
     """Headline numbers: scores first, then what the run cost."""
     before, after = all_scores(run.before), all_scores(run.after)
@@ -76,17 +86,20 @@ def cards(run: RunFolder) -> list[Card]:
 def _score_card(before: Score | None, after: Score | None) -> Card:
     score = after or before
     assert score is not None
-    known = [_named(score)] if score.kind != "task" else [score.label]
-    title = known[0][:1].upper() + known[0][1:]
     parts = []
     if before and after and score.kind == "text":
         change = after.change(before)
         value = after.change_text(before)
-        parts = [f"nats per token, {before.value_text()} → {after.value_text()}", f"perplexity {perplexity_change(change)}"]
+        parts = [
+            f"nats per token, {before.value_text()} → {after.value_text()}",
+            f"perplexity {perplexity_change(change)}",
+        ]
     elif before and after:
         value = f"{before.value_text()} → {after.value_text()}"
         error = after.change_stderr(before)
-        note = "" if error is None else f" ± {numbers.decimal(error * (100 if score.unit == 'share' else 1), 1)}"
+        note = (
+            "" if error is None else f" ± {numbers.decimal(error * (100 if score.unit == 'share' else 1), 1)}"
+        )
         parts = [f"change {after.change_text(before)}{note}"]
     else:
         value = score.text()
@@ -95,7 +108,7 @@ def _score_card(before: Score | None, after: Score | None) -> Card:
         parts.append(f"{numbers.count(score.n)} items")
     if score.chance is not None:
         parts.append(f"chance {numbers.share(score.chance)}")
-    return Card(title, value, " · ".join(parts))
+    return Card(_titled(score), value, parts)
 
 
 def cost_cards(run: RunFolder) -> list[Card]:
@@ -105,16 +118,24 @@ def cost_cards(run: RunFolder) -> list[Card]:
     if _positive(facts.get("seconds")):
         parts = [f"{numbers.count(facts['steps'])} steps"] if _positive(facts.get("steps")) else []
         parts += [f"{numbers.count(facts['tokens'])} tokens"] if _positive(facts.get("tokens")) else []
-        result.append(Card("Wall time", numbers.duration(facts["seconds"]), " · ".join(parts)))
+        result.append(Card("Wall time", numbers.duration(facts["seconds"]), parts))
     if _positive(facts.get("peak_memory_bytes")):
-        result.append(Card("Peak memory", numbers.memory(facts["peak_memory_bytes"]), "busiest process"))
+        result.append(Card("Peak memory", numbers.memory(facts["peak_memory_bytes"]), ["busiest process"]))
     if _positive(facts.get("trainable_parameters")):
-        result.append(Card("Trainable parameters", numbers.count(facts["trainable_parameters"]), run.method))
+        result.append(
+            Card(
+                "Trainable parameters",
+                numbers.count(facts["trainable_parameters"]),
+                [METHOD_NAMES.get(run.method, run.method)],
+            )
+        )
     return result
 
 
 def _positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    )
 
 
 def score_table(runs: Sequence[RunFolder]) -> tuple[list[str], list[list[str]]]:
@@ -130,7 +151,7 @@ def score_table(runs: Sequence[RunFolder]) -> tuple[list[str], list[list[str]]]:
     for name in names:
         some = next(column[name] for column in before + after if name in column)
         unit = ", nats per token" if some.unit == "nats" else ""
-        row = [f"{_named(some)}{unit}"]
+        row = [f"{_titled(some)}{unit}"]
         for old, new in ((b.get(name), a.get(name)) for b, a in zip(before, after, strict=True)):
             row += _pair(old, new, apart=len(runs) == 1)
         row += [numbers.MISSING if some.n is None else numbers.count(some.n)]
@@ -150,15 +171,21 @@ def _pair(old: Score | None, new: Score | None, *, apart: bool) -> list[str]:
 
 
 def fact_rows(runs: Sequence[RunFolder]) -> list[list[str]]:
-    """What the runs were and cost, one row per fact and one cell per run; facts that no run has are left out."""
+    """What the runs were and cost, one row per fact, one cell per run; facts that no run has are left out."""
     rows = [
         ["Method", *(_method_text(run) for run in runs)],
         ["Backbone", *(str(run.setting("backbone", "model", default=numbers.MISSING)) for run in runs)],
-        ["Learning rate", *(str(run.setting("training", "learning_rate", default=numbers.MISSING)) for run in runs)],
+        [
+            "Learning rate",
+            *(str(run.setting("training", "learning_rate", default=numbers.MISSING)) for run in runs),
+        ],
     ]
     titles = list(dict.fromkeys(card.title for run in runs for card in cost_cards(run)))
     for title in titles:
-        found = [next((card.value for card in cost_cards(run) if card.title == title), numbers.MISSING) for run in runs]
+        found = [
+            next((card.value for card in cost_cards(run) if card.title == title), numbers.MISSING)
+            for run in runs
+        ]
         rows.append([title, *found])
     steps = [run.run.get("steps") if run.run else None for run in runs]
     if any(_positive(step) for step in steps):
@@ -170,13 +197,14 @@ def _method_text(run: RunFolder) -> str:
     adapter = run.setting("adapter", default={})
     if run.method != "secura":
         rank = adapter.get("rank")
-        names = {"lora": "LoRA", "dora": "DoRA"}
-        return names.get(run.method, run.method) + (f", rank {rank}" if rank is not None else "")
+        return METHOD_NAMES.get(run.method, run.method) + (f", rank {rank}" if rank is not None else "")
     smagnorm = adapter.get("smagnorm") or {}
     parts = [
         "SECURA",
         f"{adapter['strategy']}" if adapter.get("strategy") else "",
-        f"r {adapter['cur_rank']}, m {adapter['inner_rank']}" if {"cur_rank", "inner_rank"} <= set(adapter) else "",
+        f"r {adapter['cur_rank']}, m {adapter['inner_rank']}"
+        if {"cur_rank", "inner_rank"} <= set(adapter)
+        else "",
         f"{adapter['selection']} factors" if adapter.get("selection") else "",
         f"S-MagNorm at {smagnorm['apply']}" if smagnorm.get("apply") in ("merge", "forward") else "",
     ]

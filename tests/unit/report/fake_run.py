@@ -74,7 +74,11 @@ def _example(index: int, *, before: bool, right: bool) -> dict[str, Any]:
     items = ("flat white", "oat latte", "croissant", "lemon cake", "espresso", "iced tea")
     number, item = index % 4 + 1, items[index % len(items)]
     expected = json.dumps({"item": item, "count": number, "to_go": index % 2 == 0, "name": f"Guest {index}"})
-    wrong = f"Sure! I can help you with that. You would like {number} {item}" if before else expected.replace("}", "")
+    wrong = (
+        f"Sure! I can help you with that. You would like {number} {item}"
+        if before
+        else expected.replace("}", "")
+    )
     return {
         "prompt": f"Turn the order into JSON.\n\nHi, it's Guest {index}; {number} {item}s please"
         + (", to go & <b>quick</b>!" if index % 2 == 0 else "."),
@@ -88,7 +92,9 @@ def _metrics(rng: random.Random, steps: int, factor: float) -> list[dict[str, An
     rows: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         progress = step / steps
-        loss = factor * (0.12 + 2.4 * math.exp(-7 * progress)) + rng.gauss(0, 0.03 + 0.15 * math.exp(-6 * progress))
+        loss = factor * (0.12 + 2.4 * math.exp(-7 * progress)) + rng.gauss(
+            0, 0.03 + 0.15 * math.exp(-6 * progress)
+        )
         rate = 1e-3 * min(1.0, progress / 0.06) * 0.5 * (1 + math.cos(math.pi * progress))
         rows.append(
             {
@@ -107,7 +113,9 @@ def _metrics(rng: random.Random, steps: int, factor: float) -> list[dict[str, An
     return rows
 
 
-def _statistics(rng: random.Random, steps: int, blocks: int, modules: tuple[str, ...]) -> list[dict[str, Any]]:
+def _statistics(
+    rng: random.Random, steps: int, blocks: int, modules: tuple[str, ...]
+) -> list[dict[str, Any]]:
     weights = {
         f"model.layers.{block}.{module}": 0.5 + rng.random() + (0.8 if 8 < block < 18 else 0)
         for block in range(blocks)
@@ -146,10 +154,19 @@ def _recipe(name: str, method: str) -> dict[str, Any]:
     return {
         "name": name,
         "description": "Free-text café orders to strict JSON, on the embedded SmolLM2-135M-Instruct.",
-        "backbone": {"model": "embedded:smollm2-135m", "dtype": "bfloat16", "attention": "auto", "quantization": None},
+        "backbone": {
+            "model": "embedded:smollm2-135m",
+            "dtype": "bfloat16",
+            "attention": "auto",
+            "quantization": None,
+        },
         "adapter": {**(secura if method == "secura" else lora), **targets},
         "data": {"sources": [{"path": "tasks/orders-train.jsonl", "weight": 1.0}], "max_length": 512},
-        "training": {"output_dir": "runs/x", "learning_rate": 1e-3 if method == "secura" else 5e-4, "max_steps": 120},
+        "training": {
+            "output_dir": "runs/x",
+            "learning_rate": 1e-3 if method == "secura" else 5e-4,
+            "max_steps": 120,
+        },
     }
 
 
@@ -174,7 +191,13 @@ ENVIRONMENT = {
     "world_size": 2,
 }
 
-MERGE = {"onto": "trained", "tensors_changed": 60, "tensors_copied": 212, "max_logit_gap": 0.00021, "seconds": 7.4}
+MERGE = {
+    "onto": "trained",
+    "tensors_changed": 60,
+    "tensors_copied": 212,
+    "max_logit_gap": 0.00021,
+    "seconds": 7.4,
+}
 
 
 def _write(path: Path, value: Any) -> None:
