@@ -1,4 +1,4 @@
-"""Sentence patterns of the order task: `{name}`, `{n}`, `{item}`, `{day}` are the answer, the rest is noise."""
+"""Sentence patterns of the order task: `{name}`, `{n}`, `{item}` and `{day}` are what the answer copies."""
 
 from __future__ import annotations
 
