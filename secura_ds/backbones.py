@@ -33,7 +33,7 @@ class Family:
 
     targets: tuple[str, ...]
     pad_tokens: tuple[str, ...]
-    """Tokens no text contains, the preferred first; for a tokenizer without pad token, or padding with eos."""
+    """Tokens no text contains, the preferred first; for a tokenizer without pad token or padding with eos."""
 
 
 FAMILIES = {
@@ -151,7 +151,8 @@ def check_targets(config: PreTrainedConfig, adapter: SecuraAdapter | LoraAdapter
         if config.model_type not in FAMILIES:
             raise UserError(
                 "adapter.target_modules is null, but there is no default for the family "
-                f'{config.model_type!r} (there are {", ".join(FAMILIES)}): name the modules, or use "all-linear"'
+                f"{config.model_type!r} (there are {', '.join(FAMILIES)}): name the modules, "
+                'or use "all-linear"'
             )
         targets = list(FAMILIES[config.model_type].targets)
     named = [*(targets if isinstance(targets, list) else []), *(adapter.modules_to_save or [])]
