@@ -1,0 +1,173 @@
+"""Reading a source: JSONL, JSON or Parquet files, or a hub data set, in four formats of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+from datasets import load_dataset
+
+from secura_ds.errors import UserError
+from secura_ds.files import read_jsonl
+from secura_ds.recipe import Source
+
+ROLES = ("system", "user", "assistant", "tool")
+FORMATS = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to learn: a conversation (`pair` for a prompt and its completion), or plain text.
+
+    `where` is its place for error messages: `file:line`, or `name row N`.
+    """
+
+    where: str
+    messages: tuple[dict[str, Any], ...] = ()
+    text: str | None = None
+
+    @property
+    def is_pair(self) -> bool:
+        """True for one prompt and one completion, which need no chat template."""
+        return [message["role"] for message in self.messages] == ["user", "assistant"]
+
+
+def load_examples(source: Source, resolve_path: Callable[[str], Path] = Path) -> list[Example]:
+    """Read a source's rows, in order.
+
+    Args:
+        resolve_path: turns `source.path` into a place on disk (`recipe.resolve_path`).
+
+    Raises:
+        UserError: the source is missing, empty or malformed, or a row fits no format; names the place.
+    """
+    rows = _hub_rows(source) if source.path is None else _file_rows(resolve_path(source.path))
+    name = _format_of(source, rows[0])
+    return [_example(row, name, where) for where, row in rows[: source.max_examples]]
+
+
+Rows = Sequence[tuple[str, Mapping[str, Any]]]
+
+
+def _file_rows(path: Path) -> Rows:
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: files end in {', '.join(SUFFIXES)}, this one in {path.suffix or 'nothing'}")
+    if path.suffix == ".jsonl":
+        rows = read_jsonl(path)
+        with path.open(encoding="utf-8") as file:
+            numbers = [number for number, line in enumerate(file, start=1) if line.strip()]
+        return [(f"{path}:{number}", row) for number, row in zip(numbers, rows, strict=True)]
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; check the path")
+    found = _json_rows(path) if path.suffix == ".json" else _parquet_rows(path)
+    if not found:
+        raise UserError(f"{path}: the file has no rows")
+    return [(f"{path} row {number}", row) for number, row in enumerate(found, start=1)]
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: expected a JSON list of objects; or put one object a line in a .jsonl file")
+    return rows
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a Parquet file, or a damaged one ({error})") from error
+    return rows
+
+
+def _hub_rows(source: Source) -> Rows:
+    assert source.hub is not None, "the recipe's schema asks for exactly one of path and hub"
+    split = source.split or "train"
+    try:
+        dataset = load_dataset(source.hub, source.subset, split=split)
+    except Exception as error:  # the hub client raises a dozen unrelated types; all mean the same to a user
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"the hub data set {source.hub} (subset {source.subset}, split {split}) cannot be loaded: "
+            f"{reason}"
+        ) from error
+    rows = dataset.select(range(min(len(dataset), source.max_examples or len(dataset)))).to_list()
+    if not rows:
+        raise UserError(f"the hub data set {source.hub} (split {split}) has no rows")
+    return [(f"{source.hub} row {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _format_of(source: Source, first: tuple[str, Mapping[str, Any]]) -> str:
+    if source.format != "auto":
+        return source.format
+    where, row = first
+    for name, needed in FORMATS.items():
+        if all(key in row for key in needed):
+            return name
+    raise _wrong_fields(where, row, "auto")
+
+
+def _wrong_fields(where: str, row: Mapping[str, Any], name: str) -> UserError:
+    allowed = {key: fields for key, fields in FORMATS.items() if name in ("auto", key)}
+    wanted = "; ".join(f"{key} ({', '.join(fields)})" for key, fields in allowed.items())
+    found = ", ".join(map(str, row)) or "none"
+    return UserError(f"{where}: fields found: {found}; allowed: {wanted}; rename the fields, or set `format`")
+
+
+def _example(row: Mapping[str, Any], name: str, where: str) -> Example:
+    if any(row.get(key) is None for key in FORMATS[name]):
+        raise _wrong_fields(where, row, name)
+    if name == "messages":
+        return Example(where, messages=_messages(row["messages"], where))
+    if name == "text":
+        return Example(where, text=_string(row, "text", where))
+    if name == "prompt_completion":
+        prompt, completion = (_string(row, key, where) for key in ("prompt", "completion"))
+    else:
+        prompt, completion = (_string(row, key, where) for key in ("instruction", "output"))
+        if row.get("input"):
+            prompt = f"{prompt}\n\n{_string(row, 'input', where)}"
+    return Example(
+        where, messages=({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
+    )
+
+
+def _string(row: Mapping[str, Any], key: str, where: str) -> str:
+    if not isinstance(row[key], str):
+        raise UserError(f"{where}: {key} should be a string, found {type(row[key]).__name__}")
+    if not row[key].strip():
+        raise UserError(f"{where}: {key} is empty; fill it in or remove the row")
+    return str(row[key])
+
+
+def _messages(messages: Any, where: str) -> tuple[dict[str, Any], ...]:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: messages should be a list of {{role, content}} objects and not empty")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise UserError(
+                f"{where}: messages[{index}] should be an object with role and content, both strings"
+            )
+        if message.get("role") not in ROLES:
+            raise UserError(
+                f"{where}: messages[{index}].role is {message.get('role')!r}; allowed: {', '.join(ROLES)}"
+            )
+    if all(message["role"] != "assistant" for message in messages):
+        raise UserError(f"{where}: messages has no assistant turn, so there is nothing to learn")
+    return tuple({"role": message["role"], "content": message["content"]} for message in messages)
