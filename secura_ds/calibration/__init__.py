@@ -1,0 +1,6 @@
+"""Calibration: R from what each layer's inputs excite, on text that the frozen model writes itself."""
+
+from secura_ds.calibration.factors import calibrate, target_layers
+from secura_ds.calibration.text import Calibration
+
+__all__ = ["Calibration", "calibrate", "target_layers"]

@@ -1,0 +1,196 @@
+"""`calibrate`: from a frozen model to the factor R of each layer to be adapted (method.md section 7)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from secura_ds import sharding
+from secura_ds.adapter.config import SecuraConfig
+from secura_ds.adapter.factors import check_ranks
+from secura_ds.adapter.model import SecuraModel
+from secura_ds.calibration.moments import (
+    FORWARD_BATCH,
+    InputGroup,
+    input_groups,
+    owners,
+    second_moments,
+    within_memory,
+)
+from secura_ds.calibration.ranks import broadcast, raise_together, rank_and_world, turns
+from secura_ds.calibration.text import Calibration, generate, read_tokens
+from secura_ds.errors import UserError
+from secura_ds.method import calibrated
+
+MEMORY_LIMIT = 2 * 2**30
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    config: SecuraConfig,
+    *,
+    text_path: Path | None = None,
+    progress: bool = True,
+    memory_limit: int = MEMORY_LIMIT,
+) -> Calibration:
+    """Compute R for every layer that `config` targets and leave it there for the adapter to be created.
+
+    Works on plain, 4-bit and ZeRO-3 partitioned models, before adapters are put in. Collective: every rank
+    calls it, they share the work, and all get the same factors.
+
+    Args:
+        model: a transformers causal language model.
+        text_path: text to calibrate on (JSON lines or plain) instead of `config.calibration["text"]`; with
+            neither the model writes it.
+        progress: show progress bars, on rank 0.
+        memory_limit: bytes that second moments may take; more passes over the text are made to keep to it.
+
+    Raises:
+        UserError: nothing is targeted, a rank is too large for a layer, a layer's inputs are zero
+            or not finite, or the given text cannot be used. The message names the layer or file.
+    """
+    if config.selection != "calibrated":
+        raise UserError(
+            f"selection is {config.selection!r}, which needs no calibration: set it to 'calibrated'"
+        )
+    layers = target_layers(model, config)
+    settings = config.calibration
+    source = text_path or settings["text"]
+    sharding.keep_exact(model)
+    show = progress and rank_and_world()[0] == 0
+    factors: dict[str, Tensor] = {}
+    with _frozen(model), sharding.gathered_forward(model):
+        if source is not None:
+            token_ids = read_tokens(Path(source), tokenizer, settings["num_tokens"])
+        else:
+            token_ids = generate(model, tokenizer, settings["num_tokens"], settings["seed"], show)
+        body, ids = _body(model, layers), token_ids.to(model.device)
+        runs = list(within_memory(input_groups(body, layers, ids), memory_limit))
+        num_forwards = len(turns(len(ids.split(FORWARD_BATCH))))
+        total = num_forwards * len(runs) + len(layers)
+        with tqdm(total=total, desc="calibration: factors", disable=not show) as bar:
+            for groups in runs:
+                owner = owners(groups)
+                moments = second_moments(body, groups, owner, ids, bar)
+                factors |= _solve(layers, groups, owner, moments, config, bar)
+    for name, R in factors.items():
+        layers[name].secura_factor = R
+    texts = [tokenizer.decode(row) for row in token_ids.tolist()]
+    return Calibration({name: factors[name] for name in layers}, texts, token_ids)
+
+
+def target_layers(model: Any, config: SecuraConfig) -> dict[str, nn.Linear]:
+    """The linear layers that `config` targets in `model`, by name, as PEFT finds them.
+
+    Raises:
+        UserError: nothing is targeted, or something that is not linear; a rank is too large for a layer.
+    """
+    wanted = copy.copy(config)
+    if wanted.target_modules is None:
+        family = getattr(model.config, "model_type", "unknown")
+        wanted.target_modules = SecuraModel.target_module_mapping.get(family)
+        if wanted.target_modules is None:
+            raise UserError(f"model type {family!r} has no default target_modules: set target_modules")
+    wanted = _maybe_include_all_linear_layers(wanted, model)
+    layers: dict[str, nn.Linear] = {}
+    for name, module in model.named_modules():
+        if not check_target_module_exists(wanted, name):
+            continue
+        if not isinstance(module, nn.Linear):
+            raise UserError(
+                f"target module {name} is a {type(module).__name__}: only linear layers can be calibrated"
+            )
+        inner_rank = _of_layer(config.inner_rank_pattern, name, config.inner_rank)
+        check_ranks(module, name, _rank(config, name), inner_rank, config)
+        layers[name] = module
+    if not layers:
+        raise UserError(
+            f"target_modules {config.target_modules} match no module of the model: correct the names"
+        )
+    return layers
+
+
+def _of_layer(pattern: Mapping[str, int], name: str, default: int) -> int:
+    return pattern.get(get_pattern_key(list(pattern), name), default)
+
+
+def _rank(config: SecuraConfig, name: str) -> int:
+    return _of_layer(config.rank_pattern, name, config.cur_rank)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout inside the block."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _body(model: Any, layers: Mapping[str, nn.Linear]) -> nn.Module:
+    """The model without its head, a large product with the vocabulary, unless a layer lies outside."""
+    body: nn.Module = model.base_model
+    inside = {id(module) for module in body.modules()}
+    return body if all(id(layer) in inside for layer in layers.values()) else model
+
+
+def _solve(
+    layers: Mapping[str, nn.Linear],
+    groups: Sequence[InputGroup],
+    owner: Sequence[int],
+    moments: Sequence[Tensor | None],
+    config: SecuraConfig,
+    bar: tqdm,
+) -> dict[str, Tensor]:
+    """R of every layer of `groups`, on CPU: computed where the moment lies, then sent to every rank.
+
+    All decompositions come before the first collective, so that the ranks work at the same time.
+    """
+    mode = config.calibration["mode"]
+    problems: list[str] = []
+    spectra: list[calibrated.Spectrum | None] = []
+    for group, moment in zip(groups, moments, strict=True):
+        spectra.append(None)
+        if moment is not None and mode != "rows":
+            try:
+                spectra[-1] = calibrated.decompose(moment)
+            except (ValueError, torch.linalg.LinAlgError) as error:
+                problems.append(f"{group.names[0]}: {error}")
+    raise_together(problems)
+    factors: dict[str, Tensor] = {}
+    for i, group in enumerate(groups):
+        for name in group.names:
+            weight = sharding.dequantized(layers[name])
+            shape = (_rank(config, name), layers[name].in_features)
+            R = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+            moment = moments[i]
+            if moment is not None:
+                try:
+                    R = calibrated.factors(
+                        weight,
+                        moment,
+                        shape[0],
+                        mode=mode,
+                        energy=config.calibration["energy"],
+                        spectrum=spectra[i],
+                    )
+                except ValueError as error:
+                    problems.append(f"{name}: {error}")
+            broadcast(R, owner[i])
+            factors[name] = R.cpu()
+            bar.update()
+    raise_together(problems)
+    return factors
