@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,13 +130,15 @@ def _cgroup_free() -> float:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' own bars and load reports: the merge speaks for itself."""
+    """Silence the libraries' bars, warnings and load reports: the merge speaks for itself."""
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.CRITICAL)
     transformers.logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         transformers.logging.set_verbosity(verbosity)
         if bars:
