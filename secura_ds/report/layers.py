@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from secura_ds.report import numbers
 from secura_ds.report.curves import draw_line
-from secura_ds.report.drawing import WIDTH, Plot, Theme, legend_above, render, step_axis
+from secura_ds.report.drawing import COLORMAP, WIDTH, Plot, Theme, legend_above, render, step_axis
 from secura_ds.report.run_folder import RunFolder, Series
 
 MAX_COLUMNS = 240
@@ -160,7 +160,7 @@ def _heat(axes: Axes, panel: _Panel, norm: Normalize, theme: Theme) -> QuadMesh:
         _edges([float(block) for block in panel.blocks]),
         np.ma.masked_invalid(panel.values),
         norm=norm,
-        cmap=theme.colormap,
+        cmap=COLORMAP,
         rasterized=True,
     )
     axes.set_title(panel.kind, color=theme.ink)

@@ -105,7 +105,8 @@ def _run_content(run: RunFolder) -> dict[str, Any]:
         "status": str(facts.get("status", "unknown")),
         "findings": verdict.findings(run),
         "cards": verdict.cards(run),
-        "merge": _flat_rows(run.merge),
+        "merge": _document_rows(run.merge),
+        "merge_line": verdict.merge_line(run.merge),
         "recipe": None if run.recipe is None else json.dumps(run.recipe, indent=2, ensure_ascii=False),
     }
 
@@ -165,11 +166,19 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     return rows
 
 
-def _flat_rows(document: Mapping[str, Any] | None) -> list[list[str]]:
-    return [[key.replace("_", " "), _plain(value)] for key, value in _flatten(document or {})]
+def _document_rows(document: Mapping[str, Any] | None) -> list[list[str]]:
+    return [
+        [key.removesuffix("_bytes").replace("_", " "), _plain(value, key)]
+        for key, value in _flatten(document or {})
+        if value is not None
+    ]
 
 
-def _plain(value: Any) -> str:
+def _plain(value: Any, key: str = "") -> str:
+    if isinstance(value, int | float) and key.endswith("bytes"):
+        return numbers.memory(value)
+    if isinstance(value, int | float) and key == "seconds":
+        return numbers.duration(value)
     if isinstance(value, list):
         return ", ".join(_plain(item) for item in value)
     if isinstance(value, float):

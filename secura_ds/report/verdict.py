@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from secura_ds.report import numbers
 from secura_ds.report.run_folder import RunFolder
@@ -168,6 +169,18 @@ def _pair(old: Score | None, new: Score | None, *, apart: bool) -> list[str]:
         return [f"{old.value_text()} → {new.text()}"]
     some = new or old
     return [numbers.MISSING if some is None else f"{some.text()} ({'after' if new else 'before'} only)"]
+
+
+def merge_line(merge: Mapping[str, Any] | None) -> str | None:
+    """How far the merged checkpoint is from the adapter model, in one sentence; None without a merge."""
+    if merge is None:
+        return None
+    gap, kl = merge.get("max_logit_gap"), merge.get("kl")
+    if not isinstance(gap, int | float):
+        reason = merge.get("check_skipped") or "no check"
+        return f"The merged model was not compared with the adapter model: {reason}."
+    text = f"Adapter model and merged model differ by at most {numbers.compact(gap)} in any logit"
+    return f"{text} (KL {numbers.compact(kl)} nats per token)." if isinstance(kl, int | float) else f"{text}."
 
 
 def fact_rows(runs: Sequence[RunFolder]) -> list[list[str]]:

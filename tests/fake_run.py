@@ -192,11 +192,20 @@ ENVIRONMENT = {
 }
 
 MERGE = {
+    "base": "cache/smollm2-135m",
+    "adapter": "runs/smollm2-135m/adapter",
+    "out": "runs/smollm2-135m/merged",
     "onto": "trained",
-    "tensors_changed": 60,
-    "tensors_copied": 212,
-    "max_logit_gap": 0.00021,
     "seconds": 7.4,
+    "bytes": 269_060_552,
+    "resumed_bytes": 0,
+    "adapted_tensors": 60,
+    "dequantized_tensors": 0,
+    "untouched_tensors": 212,
+    "peak_memory_bytes": 310_000_000,
+    "max_logit_gap": 0.00021,
+    "kl": 3.1e-9,
+    "check_skipped": None,
 }
 
 
