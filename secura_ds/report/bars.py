@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from secura_ds.report.drawing import WIDTH, Plot, Theme, legend_above, render
+from secura_ds.report.numbers import decimal
 from secura_ds.report.run_folder import RunFolder
 from secura_ds.report.scores import Score, all_scores
 
@@ -143,51 +144,31 @@ def _tick(score: Score) -> str:
 
 
 def _changes(runs: Sequence[RunFolder]) -> list[tuple[str, dict[str, tuple[float, float | None]]]]:
+    """Per run its label, and per text its change of loss with the error over the same windows, if known."""
     result = []
     for run in runs:
         before, after = all_scores(run.before), all_scores(run.after)
-        result.append(
-            (
-                run.label,
-                {
-                    name: (score.change(before[name]), score.change_stderr(before[name]))
-                    for name, score in after.items()
-                    if score.kind == "text" and name in before
-                },
-            )
-        )
+        row = {
+            _tick(score): (score.change(before[name]), score.paired_stderr(before[name]))
+            for name, score in after.items()
+            if score.kind == "text" and name in before
+        }
+        result.append((run.label, row))
     return result
 
 
 def _losses(changes: list[tuple[str, dict[str, tuple[float, float | None]]]], folder: Path | None) -> Plot:
     names = list(dict.fromkeys(name for _, row in changes for name in row))
+    height = 0.8 / len(changes)
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
-        height = 0.8 / len(changes)
         for place, (label, row) in enumerate(changes):
             offset = (place - (len(changes) - 1) / 2) * height
-            spots = [(y + offset, row[name][0]) for y, name in enumerate(names) if name in row]
-            axes.barh(
-                [y for y, _ in spots],
-                [x for _, x in spots],
-                height * 0.9,
-                color=theme.color(place),
-                label=label,
-            )
-            for y, x in spots:
-                side = 4 if x >= 0 else -4
-                axes.annotate(
-                    f"{x:+.3f}".replace("-", "\u2212"),
-                    (x, y),
-                    (side, 0),
-                    textcoords="offset points",
-                    va="center",
-                    ha="left" if x >= 0 else "right",
-                    fontsize=8,
-                )
+            spots = [(names.index(name) + offset, *change) for name, change in row.items()]
+            _draw_changes(axes, theme, spots, height, theme.color(place), label)
         axes.axvline(0, color=theme.ink, linewidth=1.1)
-        axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names], color=theme.ink)
+        axes.set_yticks(range(len(names)), names, color=theme.ink)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.margins(x=0.25)
@@ -196,11 +177,49 @@ def _losses(changes: list[tuple[str, dict[str, tuple[float, float | None]]]], fo
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         legend_above(figure, axes)
 
-    size = (WIDTH, 1.0 + 0.42 * len(names) * max(1.0, 0.6 * len(changes)))
     alt = "Bar plot of the change of mean token loss on text it was not trained on. " + " ".join(
-        f"{label}: " + ", ".join(f"{name} {change:+.3f}" for name, (change, _) in row.items()) + "."
+        f"{label}: "
+        + ", ".join(f"{name} {decimal(change, signed=True)}" for name, (change, _) in row.items())
+        + "."
         for label, row in changes
     )
+    known = any(error is not None for _, row in changes for _, error in row.values())
     return render(
-        draw, name="text-loss", title="General text: change of loss", alt=alt, size=size, folder=folder
+        draw,
+        name="text-loss",
+        title="General text: change of loss",
+        alt=alt,
+        note="Error bars are one standard error, paired over the same windows of text." if known else "",
+        size=(WIDTH, 1.0 + 0.42 * len(names) * max(1.0, 0.6 * len(changes))),
+        folder=folder,
     )
+
+
+def _draw_changes(
+    axes: Axes,
+    theme: Theme,
+    spots: list[tuple[float, float, float | None]],
+    height: float,
+    color: str,
+    label: str,
+) -> None:
+    axes.barh(
+        [y for y, _, _ in spots],
+        [change for _, change, _ in spots],
+        height * 0.9,
+        color=color,
+        label=label,
+        xerr=[error or 0.0 for _, _, error in spots],
+        error_kw={"ecolor": theme.ink, "elinewidth": 1.1, "capsize": 2.5},
+    )
+    for y, change, error in spots:
+        side = 1 if change >= 0 else -1
+        axes.annotate(
+            decimal(change, signed=True),
+            (change + side * (error or 0.0), y),
+            (4 * side, 0),
+            textcoords="offset points",
+            va="center",
+            ha="left" if change >= 0 else "right",
+            fontsize=8,
+        )

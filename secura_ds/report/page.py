@@ -133,7 +133,11 @@ def _topics(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
         if rows:
             heads = ["Before", "After"] if len(runs) == 1 else [run.label for run in runs]
             tables.append(
-                {"name": name.replace("_", " "), "headers": ["Topic", *heads, "Items"], "rows": rows}
+                {
+                    "name": name[:1].upper() + name[1:].replace("_", " "),
+                    "headers": ["Topic", *heads, "Items"],
+                    "rows": rows,
+                }
             )
     return tables
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,6 @@ METRIC_NAMES = {
 }
 POINT_METRICS = ("bleu",)
 """Metrics on a scale of 0 to 100; every other score is a share of 1."""
-
-PART_KEYS = ("topics", "categories", "groups")
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Score:
     stderr: float | None = None
     n: int | None = None
     chance: float | None = None
+    items: tuple[float, ...] | None = None
+    """Each item's own score, where the document lists them."""
 
     def text(self) -> str:
         """The value with its standard error and unit: `91.4 % ± 2.0`."""
@@ -57,10 +58,18 @@ class Score:
         return _written(self.change(before), self.unit, signed=True)
 
     def change_stderr(self, before: Score) -> float | None:
-        """Standard error of the difference, both measured independently (an upper bound for paired items)."""
-        if self.stderr is None or before.stderr is None:
-            return None
+        """Standard error of the difference from `before`: paired where possible, else as if independent."""
+        paired = self.paired_stderr(before)
+        if paired is not None or self.stderr is None or before.stderr is None:
+            return paired
         return math.hypot(self.stderr, before.stderr)
+
+    def paired_stderr(self, before: Score) -> float | None:
+        """Standard error of the mean difference over the same items; None unless both documents list them."""
+        if self.items is None or before.items is None or not len(self.items) == len(before.items) > 1:
+            return None
+        differences = [new - old for new, old in zip(self.items, before.items, strict=True)]
+        return statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def _written(value: float, unit: str, *, signed: bool) -> str:
@@ -85,7 +94,7 @@ def probe_scores(evaluation: Mapping[str, Any] | None) -> dict[str, Score]:
     """The retention probes by name: right-answer probes and mean token losses."""
     result = {}
     for name, probe in _mapping(_mapping(evaluation).get("probes")).items():
-        score = _probe_score(str(name), str(name), _mapping(probe))
+        score = _probe_score(f"probes.{name}", str(name), _mapping(probe))
         if score is not None:
             result[str(name)] = score
     return result
@@ -100,14 +109,10 @@ def all_scores(evaluation: Mapping[str, Any] | None) -> dict[str, Score]:
 
 def part_scores(evaluation: Mapping[str, Any] | None, probe: str) -> dict[str, Score]:
     """A probe's scores by topic; empty where the evaluation has none."""
-    document = _mapping(_mapping(_mapping(evaluation).get("probes")).get(probe))
-    parts: Mapping[str, Any] = next(
-        (document[key] for key in PART_KEYS if isinstance(document.get(key), Mapping)), {}
-    )
+    topics = _mapping(_mapping(_mapping(evaluation).get("probes")).get(probe)).get("topics")
     result = {}
-    for topic, part in parts.items():
-        fields = part if isinstance(part, Mapping) else {"score": part}
-        score = _probe_score(f"{probe}/{topic}", str(topic), fields)
+    for topic, fields in _mapping(topics).items():
+        score = _probe_score(f"{probe}/{topic}", str(topic), _mapping(fields))
         if score is not None:
             result[str(topic)] = score
     return result
@@ -132,7 +137,15 @@ def _score(name: str, label: str, kind: str, unit: str, value: float, fields: Ma
         stderr=_float(fields.get("stderr")),
         n=None if n is None else int(n),
         chance=_float(fields.get("chance")),
+        items=_items(fields.get("items")),
     )
+
+
+def _items(values: Any) -> tuple[float, ...] | None:
+    if not isinstance(values, list):
+        return None
+    known = tuple(number for value in values if (number := _float(value)) is not None)
+    return known if len(known) == len(values) else None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -15,6 +15,9 @@ CLEAR = 2.0
 """A difference counts as clear from this many standard errors on."""
 
 
+SMALL_LOSS = 0.05
+"""A rise of general-text loss below this, nats per token (perplexity +5 %), is shown as a small cost."""
+
 METHOD_NAMES = {"secura": "SECURA", "lora": "LoRA", "dora": "DoRA"}
 
 
@@ -59,8 +62,11 @@ def _finding(before: Score, after: Score) -> Finding:
             "good" if change > 0 else "bad", f"{text}: {'risen' if change > 0 else 'partly forgotten'}."
         )
     direction = "rose" if change > 0 else "fell"
-    text = f"Loss on {_named(after)} {direction} by {numbers.decimal(abs(change))} nats per token"
-    return Finding("even" if change > 0 else "good", f"{text} (perplexity {perplexity_change(change)}).")
+    paired = after.paired_stderr(before)
+    size = numbers.decimal(abs(change)) + ("" if paired is None else f" ± {numbers.decimal(paired)}")
+    text = f"Loss on {_named(after)} {direction} by {size} nats per token"
+    mark = "good" if change <= 0 else "even" if change < SMALL_LOSS else "bad"
+    return Finding(mark, f"{text} (perplexity {perplexity_change(change)}).")
 
 
 def perplexity_change(loss_change: float) -> str:
@@ -91,6 +97,8 @@ def _score_card(before: Score | None, after: Score | None) -> Card:
     if before and after and score.kind == "text":
         change = after.change(before)
         value = after.change_text(before)
+        paired = after.paired_stderr(before)
+        value += "" if paired is None else f" ± {numbers.decimal(paired)}"
         parts = [
             f"nats per token, {before.value_text()} → {after.value_text()}",
             f"perplexity {perplexity_change(change)}",

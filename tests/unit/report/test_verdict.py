@@ -15,13 +15,34 @@ from secura_ds.report.scores import all_scores, part_scores, task_score
 
 def test_scores_carry_errors_chance_and_unit() -> None:
     scores = all_scores(evaluation(0.9, 0.8, 2.5, before=False))
-    assert list(scores) == ["task", "facts", "general_text"]
+    assert list(scores) == ["task", "probes.facts", "probes.general_text"]
     assert scores["task"].text() == "90.0 % ± 2.4" and scores["task"].chance is None
-    assert (scores["facts"].chance, scores["facts"].n) == (0.25, 120)
-    assert (scores["general_text"].unit, scores["general_text"].text()) == ("nats", "2.500 ± 0.031")
+    assert (scores["probes.facts"].chance, scores["probes.facts"].n) == (0.25, 120)
+    assert (scores["probes.general_text"].unit, scores["probes.general_text"].text()) == (
+        "nats",
+        "2.500 ± 0.031",
+    )
     other = all_scores(evaluation(0.4, 0.8, 2.5, before=True))["task"]
     assert scores["task"].change_text(other) == "+50.0 points"
     assert scores["task"].change_stderr(other) == pytest.approx(math.sqrt((0.09 + 0.24) / 160))
+
+
+def test_the_same_items_make_a_paired_error() -> None:
+    losses = [2.0, 3.0, 4.0, 3.5]
+    before, after = (
+        all_scores({"probes": {"text": {"mean_token_loss": sum(x) / 4, "stderr": 0.4, "n": 4, "items": x}}})
+        for x in (losses, [loss + rise for loss, rise in zip(losses, (0.0, 0.1, 0.1, 0.2), strict=True)])
+    )
+    old, new = before["probes.text"], after["probes.text"]
+    assert new.change(old) == pytest.approx(0.1)
+    assert new.change_stderr(old) == pytest.approx(math.sqrt(0.02 / 3) / 2)
+    assert (
+        verdict._finding(old, new).text
+        == "Loss on text rose by 0.100 ± 0.041 nats per token (perplexity +10.5 %)."
+    )
+    assert verdict._finding(old, new).mark == "bad"
+    unlisted = all_scores({"probes": {"text": {"mean_token_loss": 3.0, "stderr": 0.3}}})["probes.text"]
+    assert unlisted.paired_stderr(old) is None and unlisted.change_stderr(old) == pytest.approx(0.5)
 
 
 def test_bleu_is_in_points() -> None:
