@@ -23,6 +23,7 @@ from transformers.utils import is_flash_attn_2_available
 from secura_ds.embedded import embedded_checkpoint
 from secura_ds.errors import UserError
 from secura_ds.recipe import BackboneRecipe, LoraAdapter, SecuraAdapter
+from secura_ds.sharding import keep_exact
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +207,7 @@ def load_model(backbone: BackboneRecipe, *, attention: str | None = None) -> Pre
             f"the checkpoint {backbone.model} lacks {len(missing)} weights, the first is {missing[0]}: "
             "it is incomplete or belongs to another architecture"
         )
+    keep_exact(model)
     return model
 
 

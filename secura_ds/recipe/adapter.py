@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from secura_ds.recipe.base import File, Fraction, PositiveFloat, PositiveInt, Section
+from secura_ds.recipe.base import File, Fraction, PositiveFloat, PositiveInt, Section, Seed
 
 
 def _targets(value: Any) -> Any:
@@ -30,7 +30,7 @@ class Calibration(Section):
     """Length of the generated text in tokens."""
     energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Share of the activations' energy that mode `project` keeps clear of."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the generated text."""
 
 

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from secura_ds.embedded import EMBEDDED
 from secura_ds.recipe.adapter import LoraAdapter, SecuraAdapter
-from secura_ds.recipe.base import RULE, File, Fraction, PositiveFloat, PositiveInt, Section, find_path
+from secura_ds.recipe.base import RULE, File, Fraction, PositiveFloat, PositiveInt, Section, Seed, find_path
 
 
 def _known_model(value: str, info: ValidationInfo) -> str:
@@ -114,7 +114,7 @@ class DataRecipe(Section):
     """Put several short examples into one row."""
     completion_only: bool = True
     """Learn the answers only, not the prompts."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of mixing and splitting."""
 
     @field_validator("validation_fraction")
@@ -154,7 +154,7 @@ class TrainingRecipe(Section):
     """Optimizer, by its name in transformers."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the adapter and of the order of examples."""
     logging_steps: PositiveInt = 10
     """Steps between lines of the log."""
