@@ -9,6 +9,7 @@ from secura_ds.sharding.fold import (
     local_slice,
     slice_statistics,
 )
+from secura_ds.sharding.optimizer import load_optimizer_state, master, optimizer_state
 from secura_ds.sharding.partition import (
     assert_partitioned,
     full_shape,
@@ -46,7 +47,10 @@ __all__ = [
     "is_quantized",
     "is_sharded",
     "keep_exact",
+    "load_optimizer_state",
     "local_slice",
+    "master",
+    "optimizer_state",
     "requantize",
     "restore_quantized",
     "set_parameter",

@@ -47,7 +47,7 @@ def gathered(parameters: Parameter | Iterable[Parameter], *, writable: bool = Fa
     if not wanted:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(wanted, modifier_rank=0 if writable else None):
         yield
@@ -72,10 +72,27 @@ def set_parameter(parameter: Parameter, value: Tensor) -> None:
         )
     with torch.no_grad(), gathered(parameter, writable=True):
         parameter.copy_(value)
-    if _has_master(parameter):
+    if not _has_master(parameter):
+        return
+    value = value.to(parameter.device, torch.float32)
+    if is_sharded(parameter):
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        safe_set_local_fp32_param(parameter, slice_of(parameter, value))
+    else:
         from deepspeed.utils import safe_set_full_fp32_param
 
-        safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+        safe_set_full_fp32_param(parameter, value)
+
+
+def slice_of(parameter: Parameter, value: Tensor) -> Tensor:
+    """This rank's part of a whole `value` for a sharded parameter, flat and padded as its slice is.
+
+    DeepSpeed's own setters of whole values fail where the ranks do not divide the number of elements.
+    """
+    size, rank = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
+    part = value.flatten()[size * rank : size * (rank + 1)]
+    return torch.nn.functional.pad(part, (0, size - part.numel()))
 
 
 def zero_(parameter: Parameter) -> None:
@@ -104,7 +121,7 @@ def use_in_forward(module: nn.Module, parameters: Sequence[Parameter | None]) ->
     """Tell ZeRO-3 that `module` reads parameters it does not own, so that it gathers them, both ways."""
     for parameter in parameters:
         if parameter is not None and is_sharded(parameter):
-            from deepspeed.zero import register_external_parameter
+            from deepspeed.runtime.zero import register_external_parameter
 
             register_external_parameter(module, parameter)
 
