@@ -1,4 +1,4 @@
-"""`launch/merge.py` on adapters that the tuner made: the merged model is the trained one; an end by signal."""
+"""`launch/merge.py` on adapters that the tuner made: the merged model is the trained one; ends by signal."""
 
 from __future__ import annotations
 

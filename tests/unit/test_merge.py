@@ -522,3 +522,17 @@ def test_check_is_skipped_where_memory_is_short(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     report = merge(base, adapter, tmp_path / "out", progress=False)
     assert report.max_logit_gap is None and report.check_skipped == "needs 0.5 GiB of free memory"
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_memory_stays_within_a_shard_and_three_tensors(tmp_path: Path, quantized: bool) -> None:
+    base = make_base(tmp_path / "base", hidden_size=1024, intermediate_size=8192, num_attention_heads=8)
+    if quantized:
+        adapter, _, _ = make_quantized(tmp_path, base)
+    else:
+        adapter = make_secura(tmp_path / "adapter", base)
+    report = quick(base, adapter, tmp_path / "out")
+    checkpoint = open_checkpoint(base)
+    largest = max(tensor.num_bytes for tensor in checkpoint.tensors.values())
+    assert largest == 2 * 1024 * 8192
+    assert report.peak_memory_bytes <= max(file.size for file in checkpoint.files) + 3 * largest
