@@ -71,8 +71,8 @@ def build_datasets(
     """Training and validation data as `input_ids` and `labels` (-100: not learnt), as TRL's trainer takes it.
 
     With `data.packing` training rows hold several examples, their lengths in the column `seq_lengths`; the
-    trainer's collator must then make position ids from them (`padding_free=True`). Seeded: every rank and every
-    run builds the same rows in the same order.
+    trainer's collator must then make position ids from them (`padding_free=True`). Seeded: every rank and
+    every run builds the same rows in the same order.
 
     A source's weight is its share of an epoch, which has as many examples as all sources together: a source
     whose share exceeds its size is repeated, one whose share is less is sampled.
@@ -110,7 +110,7 @@ def build_datasets(
 
 
 def mixture_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """How many examples each source gives to an epoch of `sum(sizes)`, by largest remainder; at least one each.
+    """How many examples each source gives to an epoch of `sum(sizes)`: by largest remainder, at least one.
 
     One source is left whole: `mixture_counts([7], [1.0]) == [7]`.
     """

@@ -1,8 +1,8 @@
 """From an example to token ids and labels: chat template, special tokens once, end token, loss mask.
 
 A conversation is rendered to text by the backbone's chat template, cut where each assistant turn begins and
-ends, and each piece is tokenized on its own. So a prompt has exactly the tokens it has when the model is asked,
-and a token never straddles the border between what is learnt and what is not.
+ends, and each piece is tokenized on its own. So a prompt has exactly the tokens it has when the model is
+asked, and a token never straddles the border between what is learnt and what is not.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def encode(
     """
     ids: list[int] = []
     labels: list[int] = []
-    for text, learnt, special in _pieces(example, tokenizer):
-        piece = _token_ids(tokenizer, text, special=special)
+    for text, learnt, starts in _pieces(example, tokenizer):
+        piece = plain_tokens(tokenizer, text) if starts else _inner_tokens(tokenizer, text)
         if learnt and not _ends_turn(tokenizer, piece) and tokenizer.eos_token_id is not None:
             piece = [*piece, tokenizer.eos_token_id]
         ids += piece
@@ -62,13 +62,13 @@ def render_prompt(
 ) -> list[int]:
     """Token ids of a prompt as the model is asked it; the same as the prompt's part of a training example."""
     if tokenizer.chat_template is None and isinstance(prompt, str):
-        return _token_ids(tokenizer, prompt, special=True)
+        return plain_tokens(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return _token_ids(tokenizer, _render(tokenizer, messages, where, ask=True), special=False)
+    return _inner_tokens(tokenizer, _render(tokenizer, messages, where, ask=True))
 
 
 def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool, bool]]:
-    """(text, whether it is learnt, whether the tokenizer adds its own special tokens) in order."""
+    """(text, whether it is learnt, whether the tokenizer is to add its own start token) in order."""
     if example.text is not None:
         return [(example.text, True, True)]
     if tokenizer.chat_template is None:
@@ -94,13 +94,11 @@ def _turns(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[s
         after = _render(tokenizer, messages[: index + 1], example.where)
         if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
             raise UserError(
-                f"{example.where}: the backbone's chat template renders turn {index + 1} differently once "
-                "more turns follow, so the answer cannot be told from the prompt; split the conversation into "
-                "rows with one assistant turn each, or give the tokenizer another chat template"
+                f"{example.where}: the backbone's chat template renders turn {index + 1} differently "
+                "once more turns follow, so the answer cannot be told from the prompt; split the "
+                "conversation into rows with one assistant turn, or give the tokenizer another template"
             )
-        answer = after[
-            len(before) :
-        ].rstrip()  # no line end after the turn's end token
+        answer = after[len(before) :].rstrip()  # no line end after the turn's end token
         pieces += [(whole[done : len(before)], False), (answer, True)]
         done = len(before) + len(answer)
     # What follows the last answer (a line end, say) is dropped: the example ends with its end token.
@@ -118,12 +116,16 @@ def _render(
         ) from error
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    # Some tokenizers end every text with eos; a prompt must not end, and an answer gets its own.
-    if special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids = ids[:-1]
+def _inner_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text that brings its own special tokens, or goes on from another."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def plain_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text that goes on: with the tokenizer's own start token, if any, and no end token."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _ends_turn(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bool:

@@ -1,0 +1,5 @@
+"""Measuring a model: the task it should learn, and probes of what it should keep."""
+
+from secura_ds.evaluation.runner import evaluate
+
+__all__ = ["evaluate"]

@@ -1,0 +1,91 @@
+"""All measurements of a recipe on one model, as one JSON-able document."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from secura_ds.evaluation.choice import multiple_choice
+from secura_ds.evaluation.task import score_task
+from secura_ds.evaluation.text import text_loss
+from secura_ds.recipe import EvaluationRecipe, Probe
+from secura_ds.sharding import gathered_forward
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: EvaluationRecipe,
+    resolve_path: Callable[[str], Path] = Path,
+    *,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Score `model` (plain, with an adapter, or sharded) on the recipe's task and probes.
+
+    Under ZeRO-3 every rank calls this and runs all the same batches, so that every gather meets its partners
+    and all ranks return the same document; more ranks make it no faster. The model's mode is left as it was.
+
+    Args:
+        resolve_path: turns a path of the recipe into a place on disk (`recipe.resolve_path`).
+        progress: show progress bars (on the main process).
+
+    Returns:
+        `{"task": {"metric", "score", "stderr", "n", "examples"} | None, "probes": {name: {"kind", ...}}}`;
+        a probe's name is the stem of its file.
+
+    Raises:
+        UserError: a task's or probe's file is bad; names the place.
+    """
+    document: dict[str, Any] = {"task": None, "probes": {}}
+    with _evaluating(model):
+        if evaluation.task is not None:
+            document["task"] = score_task(
+                model, tokenizer, evaluation.task, resolve_path, evaluation.batch_size, progress=progress
+            )
+        for probe in evaluation.probes:
+            name = _free_name(resolve_path(probe.path).stem, document["probes"])
+            document["probes"][name] = _run_probe(
+                model, tokenizer, probe, resolve_path(probe.path), evaluation.batch_size, progress=progress
+            )
+    return document
+
+
+def _run_probe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    probe: Probe,
+    path: Path,
+    batch_size: int,
+    *,
+    progress: bool,
+) -> dict[str, Any]:
+    measure = multiple_choice if probe.kind == "multiple_choice" else text_loss
+    return {"kind": probe.kind} | measure(
+        model, tokenizer, path, probe.max_items, batch_size, progress=progress
+    )
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), gathered_forward(model):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _free_name(stem: str, taken: dict[str, Any]) -> str:
+    name, number = stem, 2
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    return name
