@@ -163,7 +163,7 @@ def _eps(updates: Sequence[SliceUpdate], pieces: Sequence[Slice]) -> list[float]
         totals = torch.zeros(len(updates), dtype=torch.float64, device=updates[0].core.device)
         for i, (update, piece) in enumerate(zip(updates, pieces, strict=True)):
             in_slice = range(0, piece.end - piece.start, _CHUNK)
-            totals[i] = sum(piece.values[at : at + _CHUNK].double().abs_().sum() for at in in_slice)
+            totals[i] = sum(piece.values[at : at + _CHUNK].double().abs().sum() for at in in_slice)
             totals[i] /= full_shape(update.weight).numel()
         _reduce(totals, updates, "SUM")
         means = totals.float().tolist()
