@@ -15,6 +15,9 @@ from secura_ds.errors import UserError
 # Fixed, so that the partial sums, and so S, do not depend on the number of ranks.
 FORWARD_BATCH = 8
 
+# Rows of S formed at once: only the part of S on and above its diagonal is computed.
+_PANEL = 256
+
 
 class InputGroup(NamedTuple):
     """Layers that read one and the same tensor, such as q, k and v; the first of them stands for all."""
@@ -96,7 +99,9 @@ def second_moments(
         if counting:
             with torch.autocast(x.device.type, enabled=False):
                 flat = x.detach().flatten(0, -2).float()
-                total.add_(flat.T @ flat)
+                for start in range(0, flat.shape[1], _PANEL):
+                    panel = flat[:, start : start + _PANEL]
+                    total[start : start + _PANEL, start:] += panel.T @ flat[:, start:]
 
     handles = [
         group.leader.register_forward_pre_hook(lambda _, inputs, total=total: add(total, inputs[0]))
@@ -113,6 +118,12 @@ def second_moments(
     moments: list[Tensor | None] = []
     for i, total in enumerate(sums):
         sum_to(total, owner[i])
-        moments.append(total.div_(token_ids.numel()).float() if owner[i] == rank else None)
+        moments.append(_symmetric(total, token_ids.numel()) if owner[i] == rank else None)
         sums[i] = torch.empty(0)
     return moments
+
+
+def _symmetric(upper: Tensor, count: int) -> Tensor:
+    """The whole S (in, in) in fp32 from the sum over `count` tokens of its upper half."""
+    moment = upper.div_(count).float().triu_()
+    return moment.add_(moment.triu(1).T)

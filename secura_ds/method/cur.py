@@ -26,7 +26,7 @@ def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     row_sq = weight.new_empty(num_rows, dtype=torch.float64)
     column_sq = weight.new_zeros(num_columns, dtype=torch.float64)
     for rows in row_blocks(num_rows, num_columns):
-        squares = weight[rows].detach().double().square_()
+        squares = weight[rows].detach().double().square()
         row_sq[rows] = squares.sum(dim=1)
         column_sq += squares.sum(dim=0)
     if bool(row_sq.isnan().any()):

@@ -22,7 +22,7 @@ SMALLEST_EPS = 1e-30
 
 def absolute_mean(weight: Tensor) -> float:
     """mean|W|, summed in double and rounded to fp32, so that the order of adding hardly matters."""
-    total = sum(float(weight[rows].detach().double().abs_().sum()) for rows in row_blocks(*weight.shape))
+    total = sum(float(weight[rows].detach().double().abs().sum()) for rows in row_blocks(*weight.shape))
     return float(torch.tensor(total / weight.numel(), dtype=torch.float32))
 
 

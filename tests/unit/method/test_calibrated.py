@@ -143,3 +143,13 @@ def test_what_cannot_work_is_refused() -> None:
         factors(torch.zeros_like(weight), S, 4, mode="rows")
     with pytest.raises(ValueError, match="least important rows"):
         factors(torch.zeros_like(weight), S, 4, mode="whiten")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_arguments_are_left_as_they_are(dtype: torch.dtype) -> None:
+    weight, S = (t.to(dtype) for t in _layer(6))
+    before = weight.clone(), S.clone()
+    for mode in MODES:
+        factors(weight, S, 4, mode=mode)  # type: ignore[arg-type]
+    assert torch.equal(weight, before[0])
+    assert torch.equal(S, before[1])

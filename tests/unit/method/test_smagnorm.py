@@ -213,6 +213,17 @@ def test_misfits_are_refused() -> None:
         s_magnorm(W, D, form="mean")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_arguments_are_left_as_they_are(dtype: torch.dtype) -> None:
+    W, D = (t.to(dtype) for t in _pair(10))
+    before = W.clone(), D.clone()
+    for form in FORMS:
+        for eps in EPS:
+            s_magnorm(W, D, form=form, **eps)  # type: ignore[arg-type]
+    assert torch.equal(W, before[0])
+    assert torch.equal(D, before[1])
+
+
 def test_absolute_mean_of_many_blocks() -> None:
     W = torch.randn(900, 700, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert absolute_mean(W) == pytest.approx(float(W.double().abs().mean()), rel=1e-7)
