@@ -1,0 +1,119 @@
+"""Two gloo ranks under ZeRO-3 against one process: the same losses, the same bits, the same files."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import adapter_toys as toys
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from secura_ds.adapter import layer_statistics
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import zero3_worker as worker  # noqa: E402
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    toys.toy_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(base: Path) -> dict[str, Any]:
+    """What the ranks have found, from one run of the launcher."""
+    out = base.parent / "found.json"
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [sys.executable, str(launcher), "--num_accelerators", "2", "--master_port", str(free_port())]
+    command += [worker.__file__, "--base", str(base), "--out", str(out)]
+    root = Path(worker.__file__).resolve().parents[2]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
+    return json.loads(out.read_text()) | {"folder": out.parent}
+
+
+def single_process_losses(variant: dict[str, Any]) -> list[float]:
+    model = get_peft_model(toys.toy_llama(), toys.config(**worker.variant_config(variant)))
+    worker.prepare(model, variant)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=worker.LEARNING_RATE, weight_decay=0.0)
+
+    def step(batch: Tensor) -> float:
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return toys.train(model, step, worker.batches(), fold_every=2)
+
+
+@pytest.mark.parametrize("name", worker.VARIANTS)
+def test_losses_equal_the_single_process_run(found: dict[str, Any], name: str) -> None:
+    expected = single_process_losses(worker.VARIANTS[name])
+    assert found["losses"][name] == pytest.approx(expected, abs=1e-6)
+    # The adapter moves the loss by far more than the tolerance, so equal losses mean equal updates.
+    assert abs(expected[-1] - expected[0]) > 1e-3
+
+
+def test_creation_holds_one_weight_at_a_time(found: dict[str, Any]) -> None:
+    assert found["creation"]["most"] == found["creation"]["largest"] == 64 * 160
+    assert found["creation"]["available_after"] == 0
+    assert found["creation"]["adapter_dtype"] == "torch.float32"
+
+
+def test_forward_without_an_engine_gathers_what_it_needs(found: dict[str, Any]) -> None:
+    expected = toys.logits(toys.toy_llama())
+    torch.testing.assert_close(torch.tensor(found["creation"]["logits"]), expected, rtol=0, atol=1e-6)
+
+
+def test_what_cannot_be_done_is_said_in_one_line(found: dict[str, Any]) -> None:
+    assert "launch/merge.py" in found["creation"]["merge"]
+    assert "first is model.embed_tokens.weight" in found["creation"]["unsharded"]
+    assert "save_adapter" in found["saving"]["plain_save"]
+    for message in (
+        found["creation"]["merge"],
+        found["creation"]["unsharded"],
+        found["saving"]["plain_save"],
+    ):
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", worker.RESTRAINTS)
+def test_m1_on_slices_gives_the_bits_of_the_whole_fold(found: dict[str, Any], name: str) -> None:
+    assert found["slices"][name]
+
+
+def test_adapter_is_saved_whole(found: dict[str, Any]) -> None:
+    assert found["saving"]["empty"] == []
+    assert found["saving"]["keys"] == 14 * 7
+    loaded = PeftModel.from_pretrained(toys.toy_llama(), found["folder"] / "adapter")
+    first = loaded.base_model.model.model.layers[0].self_attn.q_proj.secura_B["default"]
+    torch.testing.assert_close(first, torch.randn(12, 8, generator=torch.Generator().manual_seed(0)))
+    statistics = layer_statistics(loaded)
+    assert statistics.keys() == found["saving"]["statistics"].keys()
+    for layer, expected in statistics.items():
+        assert found["saving"]["statistics"][layer] == pytest.approx(expected, rel=1e-6)
+
+
+def test_masters_follow_written_values_and_folds(found: dict[str, Any]) -> None:
+    assert found["saving"]["master_difference"] == 0.0
+    assert found["saving"]["master_after_fold"] == 0.0
