@@ -37,6 +37,19 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Number of processes of the run on this node (1 without a launcher)."""
+    # The first is torchrun's name, the second that of the deepspeed launcher.
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
+def threads_per_process() -> int | None:
+    """CPU threads for this process, so that the processes of a node share its cores; None if the user chose."""
+    if os.environ.get("OMP_NUM_THREADS"):
+        return None
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
+
+
 def is_main_process() -> bool:
     """True on the one process that writes files and speaks."""
     return rank() == 0
@@ -58,7 +71,8 @@ def _git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Version of an installed distribution, None if it is not there."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -71,7 +85,7 @@ def describe_environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in REPORTED_PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in REPORTED_PACKAGES if (version := package_version(name))},
         "git_commit": _git_commit(),
         "devices": devices or ["cpu"],
         "cpu_count": os.cpu_count(),

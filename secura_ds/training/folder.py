@@ -1,0 +1,99 @@
+"""The folder of a run: which files are its own, and when it may be used again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from secura_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+OWN_FILES = (
+    "adapter", "checkpoints", "logs", "metrics.jsonl", "statistics.jsonl", "calibration.jsonl",
+    "run.json", "recipe.resolved.json", "environment.json", "evaluation.before.json",
+    "evaluation.after.json", "merge.json", "report.html", "plots",
+)  # fmt: skip
+# What may differ between a run and its continuation without making it another run.
+FREE_SETTINGS = ("name", "description", "training", "evaluation")
+
+
+def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make `folder` ready for a run, or refuse it because an earlier run lies there. Main process only.
+
+    Raises:
+        UserError: the folder holds a run and neither `resume` nor `overwrite` is set, or both are.
+    """
+    if resume and overwrite:
+        raise UserError(
+            "--resume continues the run in the output folder, --overwrite deletes it: give one of them"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"training.output_dir {folder} is a file: choose a folder")
+    state = describe(folder)
+    if state is not None and not (resume or overwrite):
+        raise UserError(
+            f"training.output_dir {folder} already holds {state}: "
+            "--resume continues it, --overwrite deletes it and starts anew"
+        )
+    if overwrite:
+        remove_run(folder)
+    (folder / "run.json").unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in [*folder.glob(".*.partial"), *folder.glob("checkpoints/.*.partial")]:
+        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+
+
+def describe(folder: Path) -> str | None:
+    """What earlier run lies in `folder`, in words; None if there is none."""
+    try:
+        status = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("status")
+        return f"a run (status {status})"
+    except (OSError, ValueError, AttributeError):
+        pass
+    if (folder / "adapter").is_dir() or any(folder.glob("checkpoints/step-*")):
+        return "a run that was cut off"
+    return None
+
+
+def remove_run(folder: Path) -> None:
+    """Delete the files of an earlier run, and nothing else that lies in the folder."""
+    for name in OWN_FILES:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def check_same_run(earlier: Path, settings: dict[str, Any]) -> None:
+    """Refuse to continue a run whose backbone, adapter or data were other ones.
+
+    Args:
+        earlier: `recipe.resolved.json` of the run that is continued; without it nothing is checked.
+
+    Raises:
+        UserError: names the first setting that differs.
+    """
+    try:
+        before = json.loads(earlier.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    for key, old, new in _differences(before, settings, ""):
+        section = key.split(".")[0]
+        if section not in FREE_SETTINGS:
+            raise UserError(
+                f"--resume: {key} is {json.dumps(new)}, but the run in {earlier.parent} was started with "
+                f"{json.dumps(old)}: use the recipe it was started with, or --overwrite"
+            )
+        if section == "training":
+            logger.warning("--resume: %s was %s and is now %s", key, json.dumps(old), json.dumps(new))
+
+
+def _differences(before: Any, after: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in {**before, **after}:
+            yield from _differences(before.get(name), after.get(name), f"{key}.{name}" if key else name)
+    elif before != after:
+        yield key, before, after

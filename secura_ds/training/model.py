@@ -1,0 +1,194 @@
+"""From a recipe to the model that is trained: backbone, calibration, adapter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import set_seed
+
+from secura_ds import sharding
+from secura_ds.adapter import SecuraConfig, secura_layers
+from secura_ds.backbones import check_targets, load_model, load_tokenizer
+from secura_ds.calibration import calibrate
+from secura_ds.environment import is_main_process
+from secura_ds.errors import UserError
+from secura_ds.recipe import LoraAdapter, Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(
+    recipe: Recipe,
+    *,
+    device: torch.device | None = None,
+    sharded: bool = False,
+    calibration_file: Path | None = None,
+    factors: Mapping[str, Tensor] | None = None,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load the backbone, calibrate it if the recipe says so, and put the adapter in.
+
+    Under ZeRO-3 the `SFTConfig` with the DeepSpeed configuration must be alive, so that weights are
+    partitioned while they load. Collective there.
+
+    Args:
+        device: where a model that is not sharded goes; None leaves it on the CPU.
+        sharded: DeepSpeed (any stage) will own the parameters, which then must all have one dtype.
+        calibration_file: where the text that calibration ran on is written.
+        factors: frozen buffers of an earlier run (`frozen_factors`), instead of choosing them anew.
+
+    Raises:
+        UserError: anything in the recipe that does not fit the backbone; the message names it.
+    """
+    set_seed(recipe.training.seed)
+    tokenizer = load_tokenizer(recipe.backbone)
+    model = load_model(recipe.backbone)
+    config = adapter_config(recipe, model)
+    # transformers loads 4-bit weights whole; those are checked once DeepSpeed has them.
+    if is_deepspeed_zero3_enabled() and recipe.backbone.quantization is None:
+        sharding.assert_partitioned(model)
+    if device is not None and recipe.backbone.quantization is None:
+        _to_device(model, device)
+    if isinstance(config, SecuraConfig):
+        if factors is not None:
+            config.factors_saved = True
+        elif config.selection == "calibrated":
+            calibration = calibrate(model, tokenizer, config)
+            if calibration_file is not None and is_main_process():
+                calibration.save(calibration_file)
+    # The adapter's random numbers must not depend on how many calibration drew.
+    set_seed(recipe.training.seed)
+    adapted = _put_adapter(model, config, autocast=not sharded)
+    if factors is not None:
+        load_factors(adapted, factors)
+    if sharded:
+        _one_dtype(adapted, getattr(torch, recipe.backbone.dtype))
+    return adapted, tokenizer
+
+
+def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
+    """The PEFT configuration of the recipe's adapter, the family's default targets filled in."""
+    adapter = recipe.adapter
+    targets = check_targets(model.config, adapter)
+    common: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "target_modules": targets,
+        "exclude_modules": adapter.exclude_modules,
+        "modules_to_save": adapter.modules_to_save,
+    }
+    if isinstance(adapter, LoraAdapter):
+        return LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            lora_dropout=adapter.dropout,
+            use_dora=adapter.method == "dora",
+            **common,
+        )
+    calibration = adapter.calibration.model_dump()
+    if calibration["text"] is not None:
+        calibration["text"] = str(recipe.resolve_path(calibration["text"]))
+    return SecuraConfig(
+        cur_rank=adapter.cur_rank,
+        inner_rank=adapter.inner_rank,
+        scaling=adapter.scaling,
+        selection=adapter.selection,
+        init=adapter.init,
+        strategy=adapter.strategy,
+        fold_every=adapter.fold_every,
+        smagnorm=adapter.smagnorm.model_dump(exclude_none=True),
+        calibration=calibration,
+        seed=recipe.training.seed,
+        rank_pattern=adapter.rank_pattern,
+        inner_rank_pattern=adapter.inner_rank_pattern,
+        **common,
+    )
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def frozen_factors(model: PeftModel) -> dict[str, Tensor]:
+    """C, R and the chosen indices of every SECURA layer: buffers that never change in a run."""
+    return {name: buffer for name, buffer in _buffers(model).items() if ".secura_U." not in name}
+
+
+def accumulators(model: PeftModel) -> dict[str, Tensor]:
+    """U of every SECURA layer: what folds have added up, (r, r) fp32."""
+    return {name: buffer for name, buffer in _buffers(model).items() if ".secura_U." in name}
+
+
+def load_factors(model: PeftModel, factors: Mapping[str, Tensor]) -> None:
+    """Fill the buffers that `frozen_factors` named.
+
+    Raises:
+        UserError: the factors belong to another adapter.
+    """
+    own = frozen_factors(model)
+    wrong = [
+        n for n in {**own, **factors} if n not in own or n not in factors or own[n].shape != factors[n].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"the checkpoint's factors do not fit this adapter, the first is {wrong[0]}: use --overwrite"
+        )
+    for name, buffer in own.items():
+        buffer.copy_(factors[name])
+
+
+def _buffers(model: PeftModel) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for prefix, layer in secura_layers(model).items():
+        own = layer.named_buffers(prefix)
+        found.update((name, buffer) for name, buffer in own if ".base_layer." not in name[len(prefix) :])
+    return found
+
+
+def _put_adapter(model: PreTrainedModel, config: PeftConfig, *, autocast: bool) -> PeftModel:
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast)
+    except ValueError as error:
+        # PEFT's own refusals (no target module matches, an unsupported one) are ValueErrors of several lines.
+        raise UserError(f"adapter.target_modules: {' '.join(str(error).split())}") from error
+    adapted.enable_input_require_grads()
+    return adapted
+
+
+def _to_device(model: PreTrainedModel, device: torch.device) -> None:
+    if not is_deepspeed_zero3_enabled():
+        model.to(device)
+        return
+    # DeepSpeed places the weights; buffers are plain tensors that calibration needs beside them.
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+def _one_dtype(model: PeftModel, dtype: torch.dtype) -> None:
+    """Bring what is trained to the backbone's dtype: DeepSpeed flattens a group's parameters into one."""
+    for parameter in trainable(model).values():
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    others = {n: p.dtype for n, p in model.named_parameters() if p.dtype != dtype}
+    if others:
+        name, found = next(iter(others.items()))
+        raise UserError(
+            f"{len(others)} parameters are not {dtype}, the first is {name} ({found}): "
+            "DeepSpeed needs one dtype; set backbone.dtype to the checkpoint's"
+        )
+
+
+def describe_adapter(model: PeftModel, recipe: Recipe) -> str:
+    """One line: how many parameters are trained, of how many."""
+    trained = sum(sharding.full_shape(p).numel() for p in trainable(model).values())
+    everything = sum(sharding.full_shape(p).numel() for p in model.parameters())
+    share = f"{trained / everything:.2%}"
+    return f"{recipe.adapter.method}: {trained:,} parameters are trained, of {everything:,} ({share})"

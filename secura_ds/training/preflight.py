@@ -1,0 +1,113 @@
+"""What is checked and set before anything large is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import torch
+
+from secura_ds import environment
+from secura_ds.errors import UserError
+from secura_ds.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+BAD_DEEPSPEED = {
+    "0.19.2": "mixes data types when it gathers adapters under ZeRO-3 (DeepSpeed issue 8072)",
+}
+NON_REENTRANT_SINCE = (0, 19, 4)
+SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+
+
+def limit_threads() -> None:
+    """Share the node's cores among its processes: more threads than cores slow every one of them down."""
+    threads = environment.threads_per_process()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def deepspeed_settings(recipe: Recipe) -> dict[str, Any] | None:
+    """The DeepSpeed configuration this process trains with; None for plain training on one device.
+
+    Raises:
+        UserError: several processes without a configuration, or a DeepSpeed version or setting that is known
+            not to work.
+    """
+    name = recipe.training.deepspeed
+    if name is None:
+        if environment.world_size() > 1:
+            raise UserError(
+                f"training.deepspeed is null, but {environment.world_size()} processes were launched: name "
+                'a configuration such as "deepspeed/zero3.json", or start one with python launch/train.py'
+            )
+        return None
+    if not environment.under_launcher():
+        logger.info(
+            "one process without a launcher: training.deepspeed (%s) is not used; "
+            "`deepspeed launch/train.py ...` uses it",
+            name,
+        )
+        return None
+    check_deepspeed_version(_installed_version())
+    path = recipe.resolve_path(name)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no readable DeepSpeed configuration ({error})") from error
+    _check_settings(settings, recipe, str(path))
+    return dict(settings)
+
+
+def check_deepspeed_version(version: str) -> None:
+    """Raise a UserError for a DeepSpeed version that is known to train wrongly."""
+    if version in BAD_DEEPSPEED:
+        raise UserError(
+            f"DeepSpeed {version} {BAD_DEEPSPEED[version]}: install another version, "
+            'for example pip install "deepspeed>=0.19.8,<0.20"'
+        )
+
+
+def reentrant_checkpointing(settings: dict[str, Any] | None) -> bool:
+    """Whether activation checkpoints must be of the reentrant kind.
+
+    DeepSpeed before 0.19.4 freed partitioned weights that the other kind compares (DeepSpeed pull 8148).
+    """
+    if settings is None or settings["zero_optimization"]["stage"] != 3:
+        return False
+    return _numbers(_installed_version()) < NON_REENTRANT_SINCE
+
+
+def check_hardware(recipe: Recipe) -> None:
+    """Raise a UserError for a data type that this machine cannot train in."""
+    if recipe.backbone.dtype == "float16" and not torch.cuda.is_available():
+        raise UserError('backbone.dtype is "float16", which needs a GPU: use "bfloat16" or "float32"')
+
+
+def _check_settings(settings: Any, recipe: Recipe, path: str) -> None:
+    stage = (settings.get("zero_optimization") or {}).get("stage") if isinstance(settings, dict) else None
+    if stage not in (1, 2, 3):
+        raise UserError(
+            f"{path}: zero_optimization.stage is {stage!r}: 1, 2 or 3; for one device leave "
+            "training.deepspeed null"
+        )
+    optimizer = recipe.training.optimizer
+    if optimizer not in SHARDED_OPTIMIZERS:
+        raise UserError(
+            f'training.optimizer is "{optimizer}", whose state DeepSpeed cannot cut by parameter: '
+            f"use one of {', '.join(SHARDED_OPTIMIZERS)} with training.deepspeed"
+        )
+    if "optimizer" in settings or "scheduler" in settings:
+        raise UserError(
+            f"{path}: optimizer and scheduler are set in the recipe's training section: remove them here"
+        )
+
+
+def _installed_version() -> str:
+    return environment.package_version("deepspeed") or "0"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.split("+")[0].split(".")
+    return tuple(int(part) for part in parts[:3] if part.isdigit())

@@ -1,0 +1,235 @@
+"""A whole training run: from a recipe to a folder with an adapter that loads."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import safe_open
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PrinterCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import TrainOutput
+from trl import SFTConfig
+
+from secura_ds import environment
+from secura_ds.adapter import SecuraConfig, fold, save_adapter
+from secura_ds.backbones import load_tokenizer
+from secura_ds.data import build_datasets
+from secura_ds.environment import is_main_process
+from secura_ds.errors import UserError
+from secura_ds.files import atomic_folder, atomic_write_json
+from secura_ds.recipe import Recipe
+from secura_ds.sharding import full_shape
+from secura_ds.training import checkpoint as files
+from secura_ds.training import folder as folders
+from secura_ds.training import preflight
+from secura_ds.training import state as states
+from secura_ds.training.arguments import make_arguments
+from secura_ds.training.callbacks import (
+    PATIENCE,
+    Agreement,
+    Folding,
+    Log,
+    Signals,
+    StopRequested,
+    cut_log,
+    peak_memory,
+)
+from secura_ds.training.checkpoint import Checkpoint
+from secura_ds.training.model import build_model, describe_adapter, frozen_factors, trainable
+from secura_ds.training.ranks import on_main
+from secura_ds.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What `run.json` says of a run. `seconds` and memory are this process's, `tokens` all ranks'."""
+
+    status: str
+    """`finished`, `interrupted` (by a signal, with a checkpoint) or `stopped` (the loss was not finite)."""
+    steps: int
+    seconds: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    tokens: int
+    signal: int | None = None
+    """The signal that interrupted the run."""
+
+
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> RunSummary:
+    """Train what the recipe describes; every rank of a launched run calls this.
+
+    Args:
+        resume: go on from the newest whole checkpoint in the output folder; from the start if there is none.
+        overwrite: delete the run that the output folder holds.
+
+    Raises:
+        UserError: anything the user can mend, the same on every rank; earlier checkpoints stay as they are.
+    """
+    began = time.perf_counter()
+    preflight.check_hardware(recipe)
+    folder = Path(recipe.training.output_dir).absolute()
+    settings = preflight.deepspeed_settings(recipe)
+    arguments = make_arguments(recipe, folder, settings)
+    preflight.limit_threads()
+    found = on_main(lambda: _open_folder(recipe, folder, resume=resume, overwrite=overwrite))
+    resumed = files.read(found) if found is not None else None
+    trainer = _make_trainer(recipe, folder, arguments, settings, resumed)
+    signals = Signals()
+    agreement = _add_callbacks(trainer, recipe, folder, signals)
+    with signals.watched():
+        _run(trainer, agreement, found)
+        status = _status(agreement)
+        if status == "finished":
+            _finish(trainer, folder)
+    summary = RunSummary(
+        status=status,
+        steps=trainer.state.global_step,
+        seconds=time.perf_counter() - began,
+        peak_memory_bytes=peak_memory(),
+        trainable_parameters=_count(trainer.model),
+        tokens=int(trainer.total_tokens),
+        signal=agreement.stopped_by,
+    )
+    on_main(lambda: atomic_write_json(folder / "run.json", asdict(summary)))
+    if status == "stopped":
+        raise UserError(_not_finite(trainer, recipe))
+    return summary
+
+
+def _open_folder(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
+    """Claim the output folder, write down what is run, and find the checkpoint to go on from."""
+    folders.claim(folder, resume=resume, overwrite=overwrite)
+    settings = recipe.resolved()
+    found = files.latest(folder / "checkpoints") if resume else None
+    if found is not None:
+        folders.check_same_run(folder / "recipe.resolved.json", settings)
+        logger.info("going on from %s", found)
+    elif resume:
+        logger.info("no checkpoint in %s: starting from the beginning", folder)
+    step = files.step_of(found) if found is not None else 0
+    for name in ("metrics.jsonl", "statistics.jsonl"):
+        cut_log(folder / name, step)
+    atomic_write_json(folder / "recipe.resolved.json", settings)
+    about = {**environment.describe_environment(), "seed": recipe.training.seed}
+    atomic_write_json(folder / "environment.json", about)
+    return found
+
+
+def _make_trainer(
+    recipe: Recipe,
+    folder: Path,
+    arguments: SFTConfig,
+    settings: dict[str, Any] | None,
+    resumed: Checkpoint | None,
+) -> Trainer:
+    # The data first: what is wrong with it shows before minutes go into loading and calibrating.
+    train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
+    checkpoints = folder / "checkpoints"
+    factors = files.read_factors(checkpoints) if resumed is not None else None
+    model, tokenizer = build_model(
+        recipe,
+        device=arguments.device,
+        sharded=settings is not None,
+        calibration_file=folder / "calibration.jsonl",
+        factors=factors,
+    )
+    logger.info("%s", describe_adapter(model, recipe))
+    trainer = Trainer(
+        model,
+        arguments,
+        tokenizer,
+        train_rows,
+        validation,
+        checkpoints=checkpoints,
+        keep=recipe.training.save_total_limit,
+        reentrant=preflight.reentrant_checkpointing(settings),
+        resumed=resumed,
+    )
+    if resumed is None:
+        on_main(lambda: files.write_factors(checkpoints, frozen_factors(model)))
+    else:
+        states.check_batch(resumed.state, trainer.batch_over_all_ranks, recipe.training.micro_batch_size)
+    return trainer
+
+
+def _add_callbacks(trainer: Trainer, recipe: Recipe, folder: Path, signals: Signals) -> Agreement:
+    trainer.remove_callback(PrinterCallback)
+    agreement = Agreement(trainer, signals)
+    trainer.add_callback(agreement)
+    config = trainer.model.peft_config["default"]
+    if isinstance(config, SecuraConfig):
+        trainer.add_callback(Folding(folder, config.fold_every))
+    if is_main_process():
+        trainer.add_callback(Log(trainer, folder))
+        if "tensorboard" in recipe.training.report_to:
+            trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(folder / "logs"))))
+    return agreement
+
+
+def _run(trainer: Trainer, agreement: Agreement, found: Path | None) -> TrainOutput | None:
+    """Train to the end or to the step at which a signal arrived."""
+    try:
+        return trainer.train(resume_from_checkpoint=str(found) if found is not None else None)
+    except StopRequested:
+        trainer._save_checkpoint()
+        return None
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Log):
+                callback.close()
+
+
+def _status(agreement: Agreement) -> str:
+    if agreement.not_finite:
+        return "stopped"
+    return "interrupted" if agreement.stopped_by is not None else "finished"
+
+
+def _finish(trainer: Trainer, folder: Path) -> None:
+    """Write the adapter and its tokenizer, and read them back."""
+    model: PeftModel = trainer.model
+    config = model.peft_config["default"]
+    if isinstance(config, SecuraConfig) and config.strategy == "M1":
+        # What is written is then the weight that every later use of the adapter sees.
+        fold(model)
+    target = folder / "adapter"
+    with atomic_folder(target, overwrite=True) if is_main_process() else nullcontext(target) as place:
+        save_adapter(model, place)
+        if is_main_process():
+            trainer.processing_class.save_pretrained(place)
+    on_main(lambda: _check_adapter(target, len(trainable(model))))
+    logger.info("saved %s", target)
+
+
+def _check_adapter(folder: Path, trained: int) -> None:
+    with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    empty = [key for key, shape in shapes.items() if 0 in shape]
+    if empty or len(shapes) < trained:
+        raise UserError(
+            f"{folder} holds {len(shapes)} tensors, {len(empty)} of them empty, for {trained} trained "
+            "parameters: the adapter was not saved whole"
+        )
+
+
+def _count(model: PeftModel) -> int:
+    return sum(full_shape(p).numel() for p in trainable(model).values())
+
+
+def _not_finite(trainer: Trainer, recipe: Recipe) -> str:
+    kept = files.latest(trainer.checkpoints) if is_main_process() else None
+    last = f"the last good checkpoint is {kept}" if kept is not None else "there was no checkpoint yet"
+    return (
+        f"the loss was not finite for {PATIENCE} steps, up to step {trainer.state.global_step}: "
+        f"try a lower training.learning_rate (it is {recipe.training.learning_rate:g}) or a longer "
+        f"warmup_ratio; {last}"
+    )

@@ -1,0 +1,200 @@
+"""TRL's SFTTrainer with resumable state of our own, and losses computed only where they count."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+from trl import SFTConfig, SFTTrainer
+
+from secura_ds import sharding
+from secura_ds.training import checkpoint as files
+from secura_ds.training import state as states
+from secura_ds.training.checkpoint import Checkpoint
+from secura_ds.training.model import trainable
+from secura_ds.training.ranks import on_main
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer on examples that are already tokenized, with our checkpoints in place of its own.
+
+    Args:
+        checkpoints: folder of the run's checkpoints.
+        keep: how many of them stay.
+        reentrant: kind of activation checkpointing.
+        resumed: the checkpoint to go on from.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        arguments: SFTConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        train_dataset: Dataset,
+        validation: Dataset | None,
+        *,
+        checkpoints: Path,
+        keep: int,
+        reentrant: bool,
+        resumed: Checkpoint | None = None,
+    ) -> None:
+        self.checkpoints, self.keep, self.resumed = checkpoints, keep, resumed
+        self.sampler: BatchRebalanceSampler | None = None
+        self.step_loss, self.step_tokens = 0.0, 0
+        self.total_tokens, self.total_seconds = 0.0, 0.0
+        exact = {name: parameter.data for name, parameter in trainable(model).items()}
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=train_dataset,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+        )
+        for name, parameter in trainable(model).items():
+            # SFTTrainer casts what is trained on a 4-bit model to bfloat16, which loses small updates.
+            if parameter.dtype != exact[name].dtype:
+                parameter.data = exact[name]
+        # SFTTrainer forces the reentrant kind under ZeRO-3, which DeepSpeed needs no longer.
+        self.args.activation_checkpointing_kwargs = {"use_reentrant": reentrant}
+
+    @property
+    def batch_over_all_ranks(self) -> int:
+        """Examples per optimizer step."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    # Order of examples.
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        """Every step takes a random draw; only its cut into forward passes goes by length.
+
+        So padding and waiting are least, and the step's gradient is that of the random draw. The order
+        follows from seed and epoch alone, for any number of ranks with the same batch.
+        """
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        self.sampler = BatchRebalanceSampler(
+            [len(ids) for ids in rows["input_ids"]],
+            self.batch_over_all_ranks,
+            self.args.world_size,
+            self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+            rank=self.args.process_index,
+            drop_last=False,
+        )
+        return self.sampler
+
+    # The loss.
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Mean loss per learnt token. On a CPU the head runs at those tokens only, as TRL's does on a GPU."""
+        if inputs["input_ids"].device.type != "cpu" or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]
+        learnt = labels != -100
+        given = {key: value for key, value in inputs.items() if key != "labels"}
+        with _head_only_at(self.accelerator.unwrap_model(model).get_output_embeddings(), learnt):
+            logits = model(**given, use_cache=False).logits
+        loss = F.cross_entropy(logits.float(), labels[learnt], reduction="sum")
+        if num_items_in_batch is None:
+            return loss / learnt.sum().clamp(min=1)
+        # The count is over all ranks, whose gradients are averaged.
+        return loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass; also counts tokens and adds up the step's loss."""
+        mask = inputs.get("attention_mask")
+        self.step_tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self.step_loss += float(loss)
+        return loss
+
+    # Checkpoints.
+
+    def _save_checkpoint(self, model: nn.Module | None = None, trial: Any = None) -> None:
+        snapshot = states.capture(self)
+        step = self.state.global_step
+        path = on_main(lambda: files.write(self.checkpoints, step, snapshot, keep=self.keep))
+        logger.info("saved %s", path)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            sharding.assert_partitioned(self.model)
+        if self.resumed is not None:
+            states.restore(self, self.resumed)
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: `_prepare_for_training` puts the checkpoint in, once DeepSpeed has the parameters."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        own = states.own_part(self.resumed) if self.resumed is not None else None
+        if own is not None:
+            states.set_random_state(own["random"])
+
+    def state_json(self) -> str:
+        """The Trainer's own state, as `TrainerState.load_from_json` reads it."""
+        self.state.stateful_callbacks = {}
+        return json.dumps(asdict(self.state), indent=2, sort_keys=True) + "\n"
+
+    def counters(self) -> dict[str, Any]:
+        """What has been added up since the run began, or since the last line of the log."""
+        return {
+            "tokens": self.total_tokens,
+            "seconds": self.total_seconds,
+            "last_logged": self._globalstep_last_logged,
+        }
+
+    def unlogged_loss(self) -> float:
+        """This rank's losses added up since the last line of the log."""
+        return float(self._tr_loss)
+
+    def restore_counters(self) -> None:
+        """Go on counting where the resumed checkpoint was; called once training has begun."""
+        if self.resumed is None:
+            return
+        counters = self.resumed.state["counters"]
+        self.total_tokens, self.total_seconds = counters["tokens"], counters["seconds"]
+        own = states.own_part(self.resumed)
+        if own is not None:
+            self._globalstep_last_logged = counters["last_logged"]
+            self._tr_loss += own["loss"]
+
+
+@contextmanager
+def _head_only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Let `head` see hidden states (batch, length, hidden) only at `positions` (batch, length - 1).
+
+    It runs as a module, so that ZeRO-3 gathers its weight as ever; logits become (positions, vocabulary).
+    """
+
+    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (inputs[0][:, :-1][positions],)
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
