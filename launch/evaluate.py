@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import secura_ds  # noqa: F401 - registers our adapter with PEFT
@@ -72,8 +73,19 @@ def _load(
     if torch.cuda.is_available() and backbone.quantization is None:
         model.to("cuda")
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
+        model = _with_adapter(model, adapter)
     return model, tokenizer
+
+
+def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (SafetensorError, RuntimeError) as error:  # a truncated file; another model's shapes
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"--adapter {adapter} does not load on {model.config.name_or_path} ({reason}): "
+            "copy it again, or give the recipe it was trained with"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ def _draw_bars(axes: Axes, theme: Theme, bar: _Bar, group: list[tuple[float, Sco
         color=color,
         alpha=0.4 if bar.pale else 1.0,
         label=bar.label,
-        yerr=[_percent(score, score.stderr or 0.0) for _, score in group],
+        yerr=[math.nan if score.stderr is None else _percent(score, score.stderr) for _, score in group],
         error_kw={"ecolor": theme.ink, "elinewidth": 1.1, "capsize": 2.5},
     )
     if width > 0.13:
@@ -171,7 +172,7 @@ def _losses(changes: list[tuple[str, dict[str, tuple[float, float | None]]]], fo
         axes.set_yticks(range(len(names)), names, color=theme.ink)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.margins(x=0.25)
+        axes.margins(x=0.3)
         axes.set_xlabel("change of loss, nats per token")
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
@@ -209,7 +210,7 @@ def _draw_changes(
         height * 0.9,
         color=color,
         label=label,
-        xerr=[error or 0.0 for _, _, error in spots],
+        xerr=[math.nan if error is None else error for _, _, error in spots],
         error_kw={"ecolor": theme.ink, "elinewidth": 1.1, "capsize": 2.5},
     )
     for y, change, error in spots:

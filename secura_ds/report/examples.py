@@ -1,4 +1,4 @@
-"""Held-out examples: the prompt, what was expected, and the answers before and after training."""
+"""Examples of the task: the prompt, what was expected, and the answers before and after training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out item with all answers to it."""
+    """One item with all answers to it."""
 
     prompt: str
     expected: str

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import Formatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from secura_ds.report import numbers
 from secura_ds.report.curves import draw_line
@@ -128,7 +128,7 @@ def _statistic(run: RunFolder, statistic: _Statistic, prefix: str, folder: Path 
             location="top",
             aspect=40,
             pad=0.02,
-            format=FuncFormatter(lambda value, _: numbers.compact(value)),
+            format=_tick_format(statistic),
         )
         bar.outline.set_visible(False)
 
@@ -142,6 +142,12 @@ def _statistic(run: RunFolder, statistic: _Statistic, prefix: str, folder: Path 
         size=(WIDTH, height),
         folder=folder,
     )
+
+
+def _tick_format(statistic: _Statistic) -> Formatter:
+    if statistic.logarithmic:
+        return FuncFormatter(lambda value, _: numbers.compact(value))
+    return ScalarFormatter(useOffset=False)
 
 
 def _norm(values: np.ndarray, statistic: _Statistic) -> Normalize:
@@ -184,8 +190,8 @@ def _last_step(axes: Axes, panel: _Panel, statistic: _Statistic, theme: Theme) -
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_locator(LogLocator(numticks=3))
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=2))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.compact(value)))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=2 if statistic.from_zero else 1))
+    axes.xaxis.set_major_formatter(_tick_format(statistic))
     axes.tick_params(axis="y", labelleft=False, length=0)
     axes.grid(axis="y", visible=False)
 

@@ -172,7 +172,7 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
 
 def _document_rows(document: Mapping[str, Any] | None) -> list[list[str]]:
     return [
-        [key.removesuffix("_bytes").replace("_", " "), _plain(value, key)]
+        ["size" if key == "bytes" else key.removesuffix("_bytes").replace("_", " "), _plain(value, key)]
         for key, value in _flatten(document or {})
         if value is not None
     ]

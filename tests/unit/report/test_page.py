@@ -102,7 +102,7 @@ def test_what_the_page_says(whole: tuple[Path, str]) -> None:
         "Wall time 4 min 12 s",
         "Facts by topic Topic Before After Items capitals 95.7 % 94.0 % 60",
         "differ by at most 0.00021 in any logit",
-        "All 12 recorded held-out items",
+        "All 12 recorded items of the task",
         "git commit 79b1d05c0ffee",
         '"cur_rank": 64',
     ):
