@@ -95,6 +95,7 @@ def multiple_choice(
         "n": len(questions),
         "chance": float(np.mean([1 / len(question.choices) for question in questions])),
         "topics": _by_topic(questions, right[:, 0]),
+        "items": right[:, 0].astype(int).tolist(),
     }
 
 

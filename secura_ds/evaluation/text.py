@@ -49,6 +49,7 @@ def text_loss(
         "stderr": bootstrap_stderr(losses),
         "n": len(windows),
         "window": len(windows[0]),
+        "items": losses.tolist(),
     }
 
 
