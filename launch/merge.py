@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A preempted merge ends as after Ctrl-C: finished shards stay for the next try.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     report = merge(
-        resolve_base(options.base),
+        resolve_base(options.base, options.revision),
         options.adapter,
         options.out,
         onto=options.onto,
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch/merge.py", description=__doc__)
     parser.add_argument("--base", required=True, help="checkpoint folder, hub id or embedded:smollm2-135m")
+    parser.add_argument("--revision", help="branch, tag or commit, if the base is a hub id")
     parser.add_argument(
         "--adapter", required=True, type=Path, metavar="DIR", help="a SECURA, LoRA or DoRA adapter"
     )

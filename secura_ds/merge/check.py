@@ -85,7 +85,10 @@ def logit_gap(base: Checkpoint, adapter: AdapterFile, merged: Path) -> LogitGap:
         got = _logits(_load(merged, device_map=device), tokens)
     log_p, log_q = expected.log_softmax(-1), got.log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    return LogitGap(float((expected - got).abs().max()), max(0.0, float(kl)))
+    gap = float((expected - got).abs().max())
+    if not math.isfinite(gap):
+        return LogitGap(skipped="the adapter model's or the merged model's logits are not finite")
+    return LogitGap(gap, max(0.0, float(kl)))
 
 
 def _load(folder: Path, **options: Any) -> Any:

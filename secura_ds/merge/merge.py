@@ -64,8 +64,10 @@ class MergeReport:
     check_skipped: str | None
 
 
-def resolve_base(base: str) -> Path:
+def resolve_base(base: str, revision: str | None = None) -> Path:
     """The folder of a base named by its path, by `embedded:<name>` or by a hub id (fetched if not cached).
+
+    `revision` is a branch, tag or commit on the hub.
 
     Raises:
         UserError: it is none of these, or cannot be fetched.
@@ -75,7 +77,9 @@ def resolve_base(base: str) -> Path:
     if Path(base).is_dir():
         return Path(base)
     try:
-        return Path(huggingface_hub.snapshot_download(base, ignore_patterns=_OTHER_WEIGHTS))
+        return Path(
+            huggingface_hub.snapshot_download(base, revision=revision, ignore_patterns=_OTHER_WEIGHTS)
+        )
     except (HFValidationError, OSError) as error:
         raise UserError(
             f"base is {base}: no such folder, and the hub does not give it ({_first_line(error)}); "
