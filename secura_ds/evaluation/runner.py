@@ -39,8 +39,8 @@ def evaluate(
 
     Returns:
         `{"task": {"metric", "score", "stderr", "n", "examples"} | None, "probes": {name: {"kind", ...}}}`;
-        a probe's name is the stem of its file, and its `items` are the scores of the single items, so that two
-        evaluations can be compared item by item.
+        a probe's name is the stem of its file, and its `items` are the scores of the single items, so that
+        two evaluations can be compared item by item.
 
     Raises:
         UserError: a task's or probe's file is bad; names the place.
