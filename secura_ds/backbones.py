@@ -168,7 +168,10 @@ def check_targets(config: PreTrainedConfig, adapter: SecuraAdapter | LoraAdapter
 
 
 def load_model(backbone: BackboneRecipe, *, attention: str | None = None) -> PreTrainedModel:
-    """The backbone's model; partitioned while it loads where a ZeRO-3 configuration is alive.
+    """The backbone's model, on the CPU or, 4-bit, on this process's GPU.
+
+    Where a ZeRO-3 configuration is alive, weights are partitioned while they load; 4-bit ones load whole on
+    every rank, and DeepSpeed partitions them later.
 
     Args:
         attention: another choice than `backbone.attention`.

@@ -29,7 +29,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from secura_ds.environment import cache_folder
 from secura_ds.errors import UserError
-from secura_ds.files import atomic_folder, atomic_write_json
+from secura_ds.files import atomic_folder, atomic_write_json, save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def _convert(source: Path, embedded: EmbeddedModel, folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.save_pretrained(folder)
+    _save_model(model, folder)
     tokenizer.save_pretrained(folder)
     # The class's name before transformers 5, which 5 reads too: older programs are to load the merged model.
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -124,6 +124,15 @@ def _convert(source: Path, embedded: EmbeddedModel, folder: Path) -> None:
     atomic_write_json(
         folder / "tokenizer_config.json", {**kept, "tokenizer_class": "PreTrainedTokenizerFast"}
     )
+
+
+def _save_model(model: PreTrainedModel, folder: Path) -> None:
+    # Not `model.save_pretrained`, which writes on rank 0 only: any process may be the one that converts.
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tied = set(model.all_tied_weights_keys)
+    save_tensors(folder / "model.safetensors", {k: v for k, v in model.state_dict().items() if k not in tied})
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from secura_ds import embedded
 from secura_ds.embedded import EmbeddedModel, embedded_checkpoint
@@ -94,3 +95,33 @@ def test_several_callers_convert_once(tmp_path: Path, monkeypatch: pytest.Monkey
         folders = list(pool.map(embedded_checkpoint, ["smollm2-135m"] * 3))
     assert [(folder / "config.json").read_text() for folder in folders] == ["{}"] * 3
     assert len(calls) == 1
+
+
+def test_a_process_that_is_not_the_first_saves_whole_tied_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=32,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    monkeypatch.setattr(PreTrainedModel, "should_save_on_this_rank", lambda *_, **__: False)
+    embedded._save_model(model, tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_a_living_zero3_configuration_does_not_partition_the_conversion() -> None:
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled()
+    with embedded._whole_weights():
+        assert not is_deepspeed_zero3_enabled()
+    assert is_deepspeed_zero3_enabled() and alive.is_zero3()
+    del alive
+    assert not is_deepspeed_zero3_enabled()
