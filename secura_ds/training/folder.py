@@ -22,8 +22,8 @@ OWN_FILES = (
 FREE_SETTINGS = ("name", "description", "training", "evaluation")
 
 
-def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make `folder` ready for a run, or refuse it because an earlier run lies there. Main process only.
+def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse `folder` because an earlier run lies there; changes nothing. Main process only.
 
     Raises:
         UserError: the folder holds a run and neither `resume` nor `overwrite` is set, or both are.
@@ -40,6 +40,10 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"training.output_dir {folder} already holds {state}: "
             "--resume continues it, --overwrite deletes it and starts anew"
         )
+
+
+def claim(folder: Path, *, overwrite: bool) -> None:
+    """Make `folder` ready for a run that `check` allows. Main process only."""
     if overwrite:
         remove_run(folder)
     (folder / "run.json").unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import PeftModel
 from safetensors import safe_open
 from torch.utils.tensorboard import SummaryWriter
@@ -80,9 +81,13 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
     settings = preflight.deepspeed_settings(recipe)
     arguments = make_arguments(recipe, folder, settings)
     preflight.limit_threads()
+    on_main(lambda: folders.check(folder, resume=resume, overwrite=overwrite))
+    # The data first: what is wrong with it shows before an earlier run is deleted, and before minutes go into
+    # loading and calibrating.
+    train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
     found = on_main(lambda: _open_folder(recipe, folder, resume=resume, overwrite=overwrite))
     resumed = files.read(found) if found is not None else None
-    trainer = _make_trainer(recipe, folder, arguments, settings, resumed)
+    trainer = _make_trainer(recipe, folder, arguments, settings, (train_rows, validation), resumed)
     signals = Signals()
     agreement = _add_callbacks(trainer, recipe, folder, signals)
     with signals.watched():
@@ -107,7 +112,6 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
 
 def _open_folder(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
     """Claim the output folder, write down what is run, and find the checkpoint to go on from."""
-    folders.claim(folder, resume=resume, overwrite=overwrite)
     settings = recipe.resolved()
     found = files.latest(folder / "checkpoints") if resume else None
     if found is not None:
@@ -115,6 +119,7 @@ def _open_folder(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool)
         logger.info("going on from %s", found)
     elif resume:
         logger.info("no checkpoint in %s: starting from the beginning", folder)
+    folders.claim(folder, overwrite=overwrite)
     step = files.step_of(found) if found is not None else 0
     for name in ("metrics.jsonl", "statistics.jsonl"):
         cut_log(folder / name, step)
@@ -129,10 +134,9 @@ def _make_trainer(
     folder: Path,
     arguments: SFTConfig,
     settings: dict[str, Any] | None,
+    data: tuple[Dataset, Dataset | None],
     resumed: Checkpoint | None,
 ) -> Trainer:
-    # The data first: what is wrong with it shows before minutes go into loading and calibrating.
-    train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
     checkpoints = folder / "checkpoints"
     factors = files.read_factors(checkpoints) if resumed is not None else None
     model, tokenizer = build_model(
@@ -147,8 +151,7 @@ def _make_trainer(
         model,
         arguments,
         tokenizer,
-        train_rows,
-        validation,
+        *data,
         checkpoints=checkpoints,
         keep=recipe.training.save_total_limit,
         reentrant=preflight.reentrant_checkpointing(settings),
