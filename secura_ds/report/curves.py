@@ -16,7 +16,10 @@ from secura_ds.report.drawing import DASHES, MARKERS, Plot, Theme, legend_above,
 from secura_ds.report.run_folder import RunFolder, Series
 
 SMOOTH_FROM = 60
-"""Curves of at least this many points also get a moving mean."""
+"""Noisy curves of at least this many points also get a moving mean."""
+
+STEADY = ("learning_rate", "memory_bytes")
+"""Quantities that are drawn as they are, however long."""
 
 CURVES = (
     # key, title, axis label, scale
@@ -87,7 +90,7 @@ def _curve(
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         for index, run in enumerate(runs):
-            draw_line(axes, series[index], theme, index, run.label)
+            draw_line(axes, series[index], theme, index, run.label, noisy=key not in STEADY)
         axes.set_ylabel(label)
         if key == "learning_rate":
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.compact(value)))
@@ -102,14 +105,16 @@ def _curve(
     return render(draw, name=key.replace("_", "-"), title=title, alt=alt, folder=folder)
 
 
-def draw_line(axes: Axes, series: Series, theme: Theme, index: int, label: str) -> None:
-    """A run's line in its colour and dash; long series are drawn pale with a moving mean on top."""
+def draw_line(
+    axes: Axes, series: Series, theme: Theme, index: int, label: str, *, noisy: bool = True
+) -> None:
+    """A run's line in its colour and dash; long noisy series are drawn pale under a moving mean."""
     steps, values = series
     if not values:
         return
     style: dict[str, Any] = {"color": theme.color(index), "linestyle": DASHES[index % len(DASHES)]}
     marker = "o" if len(values) == 1 else None
-    if len(values) < SMOOTH_FROM:
+    if len(values) < SMOOTH_FROM or not noisy:
         axes.plot(steps, values, label=label, marker=marker, **style)
         return
     axes.plot(steps, values, color=theme.color(index), alpha=0.3, linewidth=0.8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,15 @@ def render_page(runs: Sequence[RunFolder], plots: Path | None = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["unbroken"] = lambda text: text.replace(" %", "\u00a0%").replace(" ±", "\u00a0±")
+    environment.filters["unbroken"] = _unbroken
     html = environment.get_template("report.html").render(_content(runs, plots))
     # Model output may hold lone surrogates, which no file can store.
     return html.encode("utf-8", "replace").decode("utf-8")
+
+
+def _unbroken(text: str) -> str:
+    """Keep a number, its unit and its error on one line."""
+    return re.sub(r" (?=[%±]|points)|(?<=±) ", "\u00a0", text)
 
 
 def _content(runs: Sequence[RunFolder], plots: Path | None) -> dict[str, Any]:

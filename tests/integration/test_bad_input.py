@@ -370,6 +370,21 @@ def test_a_merge_replaces_nothing_unasked(toy: Path, refused: Run, tmp_path: Pat
     assert _contents(tmp_path) == {"out/mine.txt": b"kept"}
 
 
+def test_an_evaluation_on_bad_items_names_the_row(
+    recipe: Callable[..., Path], refused: Run, toy: Path, tmp_path: Path
+) -> None:
+    for text, words in (
+        ('{"question": "q", "choices": ["a", "b"], "answer": 0}\n{"question": \n', "odd.jsonl:2"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": 2}\n', "answer is 2"),
+        ("", "no rows"),
+    ):
+        (toy / "odd.jsonl").write_text(text)
+        path = recipe(evaluation__probes=[{"kind": "multiple_choice", "path": "odd.jsonl"}])
+        message = refused("evaluate", path, "--out", tmp_path / "scores.json", "--quiet")
+        assert "odd.jsonl" in message and words in message and "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_evaluation_of_the_wrong_things(
     recipe: Callable[..., Path], refused: Run, toy: Path, tmp_path: Path
 ) -> None:
