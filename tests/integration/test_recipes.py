@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -25,10 +25,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from secura_ds import SecuraConfig, calibrate, save_adapter
-from secura_ds.backbones import check_targets, load_model, load_tokenizer
+from secura_ds import save_adapter
+from secura_ds.backbones import check_targets, load_model
 from secura_ds.merge import merge
 from secura_ds.recipe import Recipe, SecuraAdapter, load_recipe
+from secura_ds.training.model import build_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = sorted(
@@ -246,33 +247,25 @@ def test_recipe_trains_and_merges_on_a_toy(path: Path, toys: dict[str, Path], tm
         ],
     )
     assert isinstance(recipe.adapter, SecuraAdapter)
-    tokenizer = load_tokenizer(recipe.backbone)
-    tokens = _tokens(recipe, tokenizer)
-    model = load_model(recipe.backbone)
+    adapted, tokenizer = build_model(recipe)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    before = _logits(model, tokens)
-
-    settings = recipe.adapter.model_dump(exclude={"method", "target_modules"})
-    targets = check_targets(model.config, recipe.adapter)
-    config = SecuraConfig(**settings, target_modules=targets, task_type="CAUSAL_LM")
-    if config.selection == "calibrated":
-        calibrate(model, tokenizer, config, progress=False)
-    adapted = get_peft_model(model, config)
-    torch.testing.assert_close(_logits(adapted, tokens), before, rtol=0, atol=0)
+    tokens = _tokens(recipe, tokenizer)
+    before = _logits(load_model(recipe.backbone), tokens)
+    assert torch.equal(_logits(adapted, tokens), before)
     losses = _train_two_steps(adapted, recipe, tokens)
     assert losses[1] < losses[0]
 
     adapter, out = tmp_path / "adapter", tmp_path / "merged"
     save_adapter(adapted, adapter)
     report = merge(base, adapter, out, progress=False)
-    assert report.adapted_tensors == 2 * len(targets)
-    merged = AutoModelForCausalLM.from_pretrained(out, attn_implementation=model.config._attn_implementation)
-    tied = model.config.tie_word_embeddings
+    assert report.adapted_tensors == 2 * len(check_targets(adapted.config, recipe.adapter))
+    kernel = adapted.config._attn_implementation
+    merged = AutoModelForCausalLM.from_pretrained(out, attn_implementation=kernel)
+    tied = adapted.config.tie_word_embeddings
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
     assert json.loads((out / "config.json").read_text()) == json.loads((base / "config.json").read_text())
 
     expected, got = _logits(_restrained(recipe, adapter), tokens), _logits(merged, tokens)
-    learnt = (expected - before).abs().max()
-    gap = (expected - got).abs().max()
-    assert learnt > 0.1
-    assert gap <= 0.01 * learnt
+    assert (expected - before).abs().max() > 0.2
+    # The weights are the same; the order of sums may differ: two steps of bfloat16 at the largest logit.
+    assert (expected - got).abs().max() <= 2**-6 * got.abs().max()
