@@ -4,6 +4,10 @@ y = x W+^T + b with W+ formed from the frozen weight in the forward pass and aga
 copy of it lives in between. The limiter M is a constant for the gradient: dD = dW+ / M with dW+ = dy^T x,
 and d core = s C^T dD R^T.
 
+S-MagNorm is stated here a second time, in place and with the fastest kernels: `method.smagnorm` spends its
+time on bits that do not depend on how a matrix is cut, which folds need and training steps do not. Tests
+hold the two together to rounding.
+
 Shapes: x (tokens, in), W (out, in), C (out, r), core (r, r), R (r, in), b (out,).
 """
 
@@ -15,8 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secura_ds.method.cabr import compute_dtype, row_blocks, update_block
-from secura_ds.method.smagnorm import limiter, ratio, restrain
+from secura_ds.method.cabr import compute_dtype, row_blocks
 from secura_ds.sharding import Restraint
 
 # Accelerators want few large kernels; CPUs want blocks that stay in cache, which the method's grid gives.
@@ -24,37 +27,13 @@ _ACCELERATOR_ELEMENTS = 2**24
 
 
 class Update(NamedTuple):
-    """What stays constant of D = scaling C core R, and how it is limited."""
+    """What stays constant of D = scaling C core R, and how it is limited; `eps` is absolute."""
 
     C: Tensor
     R: Tensor
     scaling: float
     restraint: Restraint
     eps: float
-
-
-def restrained_weight(weight: Tensor, core: Tensor, update: Update) -> tuple[Tensor, Tensor]:
-    """W+ (out, in) in `weight.dtype` and max L (0-d); an fp32 matrix of W's size lives meanwhile."""
-    C, R, scaling, restraint, eps = update
-    wide = compute_dtype(weight, C)
-    R = R.to(wide)
-    D = torch.empty(weight.shape, dtype=wide, device=weight.device)
-    maxima = []
-    for rows in _blocks(weight):
-        D[rows] = update_block(C, core, R, scaling, rows)
-        maxima.append(ratio(weight[rows], D[rows], eps).amax())
-    ratio_max = torch.stack(maxima).amax()
-    restrained = D if weight.dtype == wide else torch.empty_like(weight)
-    for rows in _blocks(weight):
-        restrained[rows] = restrain(
-            weight[rows],
-            D[rows],
-            ratio_max=ratio_max,
-            eps_abs=eps,
-            steepness=restraint.steepness,
-            form=restraint.form,
-        )
-    return restrained, ratio_max
 
 
 def restrained_linear(
@@ -64,7 +43,7 @@ def restrained_linear(
 
     Args:
         read_weight: returns W (out, in); called in the forward and again in the backward pass, so that a
-            sharded or 4-bit weight is held whole in neither of them for longer than needed.
+            sharded or 4-bit weight is whole in neither of them for longer than needed.
     """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -74,6 +53,23 @@ def restrained_linear(
         y: Tensor = _RestrainedLinear.apply(flat, core, read_weight, bias, update)
     y = y.view(*x.shape[:-1], -1)
     return y if autocast else y.to(x.dtype)
+
+
+@torch.no_grad()
+def restrained_weight(weight: Tensor, core: Tensor, update: Update) -> tuple[Tensor, Tensor]:
+    """W+ (out, in) in `weight.dtype` and max L (0-d); an fp32 matrix of W's size lives meanwhile."""
+    left, right = _sides(core, update)
+    D = torch.empty(weight.shape, dtype=right.dtype, device=weight.device)
+    maxima = []
+    for rows, w, buffer in _blocks(weight, D.dtype):
+        d = torch.mm(left[rows], right, out=D[rows])
+        maxima.append(_ratio(w, d, update.eps, out=buffer).amax())
+    ratio_max = torch.stack(maxima).amax()
+    restrained = D if weight.dtype == D.dtype else torch.empty_like(weight)
+    for rows, w, buffer in _blocks(weight, D.dtype):
+        M = _limiter(_ratio(w, D[rows], update.eps, out=buffer), ratio_max, update.restraint)
+        restrained[rows] = _restrain(w, D[rows], M, update.restraint)
+    return restrained, ratio_max
 
 
 class _RestrainedLinear(torch.autograd.Function):
@@ -94,37 +90,66 @@ class _RestrainedLinear(torch.autograd.Function):
         return x @ restrained.T if bias is None else torch.addmm(bias.to(x.dtype), x, restrained.T)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        (dy,) = gradients
         x, core, ratio_max = ctx.saved_tensors
-        dx, dcore = _gradients(gradients[0], x, core, ratio_max, ctx.read_weight(), ctx.update)
-        return dx if ctx.needs_input_grad[0] else None, dcore, None, None, None
+        dcore, restrained = _backward_weight(dy, x, core, ratio_max, ctx.read_weight(), ctx.update)
+        return dy @ restrained if ctx.needs_input_grad[0] else None, dcore, None, None, None
 
 
-def _gradients(
+def _backward_weight(
     dy: Tensor, x: Tensor, core: Tensor, ratio_max: Tensor, weight: Tensor, update: Update
 ) -> tuple[Tensor, Tensor]:
-    """dx (tokens, in) and d core (r, r): each row block of D, M and W+ is formed once and used for both."""
-    C, R, scaling, restraint, eps = update
-    wide = compute_dtype(weight, C)
-    R = R.to(wide)
+    """d core (r, r) and W+ in the dtype of x: each block of D and M is formed once and used for both."""
+    left, right = _sides(core, update)
     restrained = torch.empty(weight.shape, dtype=x.dtype, device=weight.device)
-    dcore = torch.zeros_like(core, dtype=wide)
-    for rows in _blocks(weight):
-        w, d = weight[rows].to(wide), update_block(C, core, R, scaling, rows)
-        M = limiter(ratio(w, d, eps), ratio_max, restraint.steepness)
-        dD = (dy[:, rows].T @ x).to(wide).div_(M)
-        dcore += C[rows].to(wide).T @ (dD @ R.T)
-        restrained[rows] = d.div_(M).add_(w) if restraint.form == "update" else _average(w, d, M, ratio_max)
-    return dy @ restrained, (dcore * scaling).to(core.dtype)
+    dD_R = torch.empty_like(left)
+    for rows, w, buffer in _blocks(weight, right.dtype):
+        d = left[rows] @ right
+        M = _limiter(_ratio(w, d, update.eps, out=buffer), ratio_max, update.restraint)
+        dD = (dy[:, rows].T @ x).to(right.dtype).div_(M)
+        torch.mm(dD, right.T, out=dD_R[rows])
+        restrained[rows] = _restrain(w, d, M, update.restraint)
+    dcore = (update.C.to(left.dtype).T @ dD_R).mul_(update.scaling)
+    return dcore.to(core.dtype), restrained
 
 
-def _average(w: Tensor, d: Tensor, M: Tensor, ratio_max: Tensor) -> Tensor:
-    return torch.where(ratio_max > 0, w.mul(2.0).add_(d).div_(M), w)
+def _sides(core: Tensor, update: Update) -> tuple[Tensor, Tensor]:
+    """s C core (out, r) and R (r, in) in the method's dtype; D is their product."""
+    dtype = compute_dtype(update.C, core, update.R)
+    return (update.C.to(dtype) @ core.to(dtype)).mul_(update.scaling), update.R.to(dtype)
 
 
-def _blocks(weight: Tensor) -> Iterator[slice]:
+def _ratio(w: Tensor, d: Tensor, eps: float, out: Tensor) -> Tensor:
+    """L = |D| / (|W| + eps), in `out`."""
+    torch.abs(w, out=out).add_(eps)
+    return torch.div(d, out, out=out).abs_().clamp_(max=torch.finfo(d.dtype).max)
+
+
+def _limiter(L: Tensor, ratio_max: Tensor, restraint: Restraint) -> Tensor:
+    """M from L, in its memory. Where D is 0 everywhere, the M that leaves W as it is."""
+    scale = restraint.steepness / torch.where(ratio_max > 0, ratio_max, 1.0)
+    M = L.mul_(scale).sub_(restraint.steepness / 2).sigmoid_().neg_().add_(2.0)
+    return M if restraint.form == "update" else torch.where(ratio_max > 0, M, 2.0)
+
+
+def _restrain(w: Tensor, d: Tensor, M: Tensor, restraint: Restraint) -> Tensor:
+    """W+, in the memory of M."""
+    if restraint.form == "average":
+        return torch.div(d.add_(w, alpha=2.0), M, out=M)
+    return torch.addcdiv(w, d, M, out=M)
+
+
+def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Row blocks of W in `dtype`, each with a buffer of its shape; both are valid until the next block."""
     num_rows, num_columns = weight.shape
-    if weight.device.type == "cpu":
-        return row_blocks(num_rows, num_columns)
-    height = max(1, _ACCELERATOR_ELEMENTS // num_columns)
-    return (slice(start, min(start + height, num_rows)) for start in range(0, num_rows, height))
+    grid = list(row_blocks(num_rows, num_columns))
+    if weight.device.type != "cpu":
+        height = max(1, _ACCELERATOR_ELEMENTS // num_columns)
+        grid = [slice(at, min(at + height, num_rows)) for at in range(0, num_rows, height)]
+    buffer = torch.empty(grid[0].stop, num_columns, dtype=dtype, device=weight.device)
+    widened = None if weight.dtype == dtype else torch.empty_like(buffer)
+    for rows in grid:
+        height = rows.stop - rows.start
+        w = weight[rows] if widened is None else widened[:height].copy_(weight[rows])
+        yield rows, w, buffer[:height]
