@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from secura_ds.adapter import SecuraConfig
+from secura_ds.calibration import calibrate
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -41,3 +47,26 @@ def toy_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config).to(dtype).train()
+
+
+def calibrate_all_modes(model: LlamaForCausalLM, folder: Path) -> dict[str, Tensor]:
+    """Factors of every mode and the text, under flat names; the first mode lets the model write the text."""
+    result: dict[str, Tensor] = {}
+    saved = None
+    for mode in ("null", "rows", "project", "whiten"):
+        config = SecuraConfig(
+            cur_rank=8,
+            inner_rank=12,
+            selection="calibrated",
+            target_modules="all-linear",
+            calibration={"mode": mode, "num_tokens": 500},
+        )
+        made = calibrate(
+            model, toy_tokenizer(), config, text_path=saved, progress=False, memory_limit=300_000
+        )
+        if saved is None:
+            saved = folder / "calibration.jsonl"
+            made.save(saved)
+            result["token_ids"] = made.token_ids
+        result |= {f"{mode}.{name}": R for name, R in made.factors.items()}
+    return result
