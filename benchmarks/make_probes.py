@@ -22,15 +22,17 @@ def make_items() -> Iterator[dict[str, Any]]:
     """Every item of every topic, in the order of the facts."""
     draw = random.Random(SEED)
     for topic, (question, text) in TOPICS.items():
-        pairs = [tuple(part.strip() for part in pair.split(":")) for pair in text.split(",")]
+        pairs = [
+            tuple(part.strip() for part in pair.split(":")) for pair in " ".join(text.split()).split(",")
+        ]
         answers = sorted({answer for _, answer in pairs})
         for subject, answer in pairs:
             choices = draw.sample([other for other in answers if other != answer], 3)
             index = draw.randrange(4)
             choices.insert(index, answer)
             yield {
-                "question": question.format(" ".join(subject.split())),
-                "choices": [" ".join(choice.split()) for choice in choices],
+                "question": question.format(subject),
+                "choices": choices,
                 "answer": index,
                 "topic": topic,
             }

@@ -64,16 +64,25 @@ def _file_rows(path: Path) -> Rows:
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: files end in {', '.join(SUFFIXES)}, this one in {path.suffix or 'nothing'}")
     if path.suffix == ".jsonl":
-        rows = read_jsonl(path)
-        with path.open(encoding="utf-8") as file:
-            numbers = [number for number, line in enumerate(file, start=1) if line.strip()]
-        return [(f"{path}:{number}", row) for number, row in zip(numbers, rows, strict=True)]
+        return jsonl_rows(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     found = _json_rows(path) if path.suffix == ".json" else _parquet_rows(path)
     if not found:
         raise UserError(f"{path}: the file has no rows")
     return [(f"{path} row {number}", row) for number, row in enumerate(found, start=1)]
+
+
+def jsonl_rows(path: Path) -> Rows:
+    """Rows of a JSON-lines file, each with its place, `file:line`.
+
+    Raises:
+        UserError: the file is missing, empty, or malformed.
+    """
+    rows = read_jsonl(path)
+    with path.open(encoding="utf-8") as file:
+        numbers = [number for number, line in enumerate(file, start=1) if line.strip()]
+    return [(f"{path}:{number}", row) for number, row in zip(numbers, rows, strict=True)]
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:

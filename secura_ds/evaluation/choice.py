@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_ds.data.encoding import plain_tokens
+from secura_ds.data.sources import jsonl_rows
 from secura_ds.errors import UserError
 from secura_ds.evaluation.batching import batches, pad_left
 from secura_ds.evaluation.metrics import bootstrap_stderr
-from secura_ds.files import read_jsonl
 
 
 @dataclass(frozen=True)
@@ -34,28 +34,25 @@ def read_questions(path: Path, max_items: int | None = None) -> list[Question]:
     """Rows `{"question", "choices", "answer", "topic"?}` of a JSONL file.
 
     Raises:
-        UserError: a row is malformed; names the row.
+        UserError: a row is malformed; names the line.
     """
-    questions = []
-    for number, row in enumerate(read_jsonl(path)[:max_items], start=1):
-        where = f"{path} row {number}"
-        if missing := [key for key in ("question", "choices", "answer") if key not in row]:
-            raise UserError(
-                f"{where}: no {', '.join(missing)}; a row has question, choices, answer and maybe topic"
-            )
-        choices, answer = row["choices"], row["answer"]
-        if (
-            not isinstance(choices, list)
-            or len(choices) < 2
-            or not all(isinstance(c, str) and c for c in choices)
-        ):
-            raise UserError(f"{where}: choices should be a list of two or more strings, none empty")
-        if type(answer) is not int or not 0 <= answer < len(choices):
-            raise UserError(
-                f"{where}: answer is {answer!r}; it is the index of the right choice, 0 to {len(choices) - 1}"
-            )
-        questions.append(Question(str(row["question"]), tuple(choices), answer, row.get("topic")))
-    return questions
+    return [_question(where, row) for where, row in jsonl_rows(path)[:max_items]]
+
+
+def _question(where: str, row: Mapping[str, Any]) -> Question:
+    if missing := [key for key in ("question", "choices", "answer") if key not in row]:
+        raise UserError(
+            f"{where}: no {', '.join(missing)}; a row has question, choices, answer and maybe topic"
+        )
+    choices, answer = row["choices"], row["answer"]
+    strings = isinstance(choices, list) and all(isinstance(choice, str) and choice for choice in choices)
+    if not strings or len(choices) < 2:
+        raise UserError(f"{where}: choices should be a list of two or more strings, none empty")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise UserError(
+            f"{where}: answer is {answer!r}; it is the index of the right choice, 0 to {len(choices) - 1}"
+        )
+    return Question(str(row["question"]), tuple(choices), answer, row.get("topic"))
 
 
 def multiple_choice(

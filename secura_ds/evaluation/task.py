@@ -75,9 +75,7 @@ def generate(
     answers = [""] * len(prompts)
     for batch in batches(prompts, batch_size, len, "task", progress=progress):
         ids, mask = pad_left([prompts[i] for i in batch], tokenizer, model.device)
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings
-        )
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
         for i, row in zip(batch, output[:, ids.shape[1] :], strict=True):
             answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
     return answers

@@ -79,7 +79,10 @@ def test_a_turns_own_end_token_is_not_doubled() -> None:
 
 
 def test_an_answer_the_template_leaves_open_gets_the_end_token() -> None:
-    open_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    open_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
     tokenizer = byte_tokenizer(template=open_template)
     encoded = encode(PAIR, tokenizer, max_length=1000)
     assert tokenizer.decode(encoded.input_ids) == f"[user] 2+2\n[assistant] 4{END}"
