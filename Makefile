@@ -2,19 +2,28 @@
 PYTHON ?= python3
 RECIPE := recipes/smollm2-135m.json
 RUN := runs/smollm2-135m
+LORA := --set training.output_dir=$(RUN)-lora \
+	--set 'adapter={"method": "lora", "rank": 13, "alpha": 26, "target_modules": ["q_proj", "v_proj"]}'
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 # The quick start and the tests run on processors only, whatever the machine has.
 CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 
-.PHONY: quickstart test compare setup lint types format schema bench clean
+.PHONY: quickstart test compare setup lint types format schema clean
 
 quickstart: setup  ## train, merge, evaluate and report on the embedded model (10 minutes on 2 cores)
-	$(CPU) python launch/evaluate.py $(RECIPE) --model embedded:smollm2-135m --out $(RUN)/evaluation.before.json
-	$(CPU) deepspeed --num_accelerators 2 launch/train.py $(RECIPE) --overwrite
+	$(CPU) deepspeed --quiet --num_accelerators 2 launch/train.py $(RECIPE) --overwrite
 	$(CPU) python launch/merge.py --base embedded:smollm2-135m --adapter $(RUN)/adapter --out $(RUN)/merged --overwrite
+	$(CPU) python launch/evaluate.py $(RECIPE) --out $(RUN)/evaluation.before.json
 	$(CPU) python launch/evaluate.py $(RECIPE) --model $(RUN)/merged --out $(RUN)/evaluation.after.json
 	python launch/report.py $(RUN)
+
+compare: quickstart  ## the same with plain LoRA at as many trained parameters, and one page for both
+	$(CPU) deepspeed --quiet --num_accelerators 2 launch/train.py $(RECIPE) --overwrite $(LORA)
+	$(CPU) python launch/merge.py --base embedded:smollm2-135m --adapter $(RUN)-lora/adapter --out $(RUN)-lora/merged --overwrite
+	cp $(RUN)/evaluation.before.json $(RUN)-lora/
+	$(CPU) python launch/evaluate.py $(RECIPE) $(LORA) --model $(RUN)-lora/merged --out $(RUN)-lora/evaluation.after.json
+	python launch/report.py $(RUN) $(RUN)-lora --out runs/comparison.html
 
 test: setup  ## every test (15 minutes on 2 cores)
 	$(CPU) python -m pytest

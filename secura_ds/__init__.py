@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from secura_ds.adapter import SecuraConfig, SecuraModel, fold, save_adapter
-from secura_ds.errors import UserError
+# PEFT imports bitsandbytes, which warns on every import without a GPU that an optional kernel is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from secura_ds.adapter import SecuraConfig, SecuraModel, fold, save_adapter  # noqa: E402
+from secura_ds.errors import UserError  # noqa: E402
 
 __all__ = ["SecuraConfig", "SecuraModel", "UserError", "calibrate", "fold", "save_adapter"]
 

@@ -53,7 +53,8 @@ def calibrate(
         text_path: text to calibrate on (JSON lines or plain) instead of `config.calibration["text"]`; with
             neither the model writes it.
         progress: show progress bars, on rank 0.
-        memory_limit: bytes that second moments may take; more passes over the text are made to keep to it.
+        memory_limit: bytes that second moments may take, and whole weights of a sharded model beside them;
+            more passes over the text are made, and weights gathered again, to keep to it.
 
     Raises:
         UserError: nothing is targeted, a rank is too large for a layer, a layer's inputs are zero
@@ -69,7 +70,7 @@ def calibrate(
     sharding.keep_exact(model)
     show = progress and rank_and_world()[0] == 0
     factors: dict[str, Tensor] = {}
-    with _frozen(model), sharding.gathered_forward(model):
+    with _frozen(model), sharding.gathered_forward(model, keep_bytes=memory_limit):
         if source is not None:
             token_ids = read_tokens(Path(source), tokenizer, settings["num_tokens"])
         else:

@@ -127,22 +127,33 @@ def use_in_forward(module: nn.Module, parameters: Sequence[Parameter | None]) ->
 
 
 @contextmanager
-def gathered_forward(model: nn.Module) -> Iterator[None]:
+def gathered_forward(model: nn.Module, *, keep_bytes: int = 0) -> Iterator[None]:
     """Inside the block, forwards of a partitioned model without an engine gather one module at a time.
 
     Each module's own parameters (and those declared by `use_in_forward`) are whole while its forward
     runs. All ranks must run the same number of forwards. Does nothing for a model that is not sharded.
+
+    Args:
+        keep_bytes: weights of up to this many bytes in all stay whole until the block ends, as DeepSpeed's
+            `stage3_max_live_parameters` lets them: a text written token by token then gathers them once.
     """
     users: Counter[int] = Counter()
     held: dict[int, Parameter] = {}
+    kept: dict[int, Parameter] = {}
     handles: list[RemovableHandle] = []
+    free = keep_bytes
 
     def enter(module: nn.Module, _inputs: tuple[object, ...]) -> None:
+        nonlocal free
         for parameter in _read_by(module):
             users[id(parameter)] += 1
-            if not is_available(parameter):
-                held[id(parameter)] = parameter
-                parameter.all_gather()
+            if is_available(parameter):
+                continue
+            parameter.all_gather()
+            size = parameter.numel() * parameter.element_size()
+            fits = size <= free
+            free -= size if fits else 0
+            (kept if fits else held)[id(parameter)] = parameter
 
     def leave(module: nn.Module, _inputs: object, _output: object) -> None:
         for parameter in _read_by(module):
@@ -159,7 +170,7 @@ def gathered_forward(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        for parameter in held.values():
+        for parameter in (*held.values(), *kept.values()):
             parameter.partition()
 
 
