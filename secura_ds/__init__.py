@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-# PEFT imports bitsandbytes, which warns on every import without a GPU that an optional kernel is not installed.
+# PEFT imports bitsandbytes, which without a GPU warns on every import that an optional kernel is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 from secura_ds.adapter import SecuraConfig, SecuraModel, fold, save_adapter  # noqa: E402

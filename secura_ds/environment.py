@@ -12,9 +12,17 @@ from typing import Any
 import torch
 
 REPORTED_PACKAGES = (
-    "secura_ds", "torch", "transformers", "deepspeed", "peft", "trl", "accelerate", "bitsandbytes", "datasets",
+    "secura_ds",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
     "safetensors",
-)  # fmt: skip
+)
 
 
 def cache_folder() -> Path:
@@ -44,7 +52,7 @@ def local_world_size() -> int:
 
 
 def threads_per_process() -> int | None:
-    """CPU threads for this process, so that the processes of a node share its cores; None if the user chose."""
+    """CPU threads for this process, so that a node's processes share its cores; None if the user chose."""
     if os.environ.get("OMP_NUM_THREADS"):
         return None
     return max(1, len(os.sched_getaffinity(0)) // local_world_size())

@@ -27,9 +27,9 @@ def explained(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if full:
-            raise UserError(f"the disk holding {path} is full: free some space and run the command again") from error
+            raise UserError(f"the disk holding {path} is full: free some space and run again") from error
         if isinstance(error, PermissionError):
-            raise UserError(f"no permission to write {path}: choose another folder or change its rights") from error
+            raise UserError(f"no permission to write {path}: choose another folder or its rights") from error
         raise
 
 
@@ -105,7 +105,9 @@ def swap_folder(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file atomically and reopen it: every key is there and no tensor is empty.
 
     Raises:
@@ -113,15 +115,15 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     """
     empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
     if empty:
-        raise UserError(f"{path}: {len(empty)} tensors are empty, the first is {empty[0]}; nothing was written")
+        raise UserError(f"{path}: {len(empty)} tensors are empty, first {empty[0]}; nothing was written")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with _replacing(Path(path)) as temporary:
         save_file(contiguous, str(temporary), metadata={"format": "pt", **(metadata or {})})
         with safe_open(str(temporary), framework="pt") as file:
-            missing = set(contiguous) - set(file.keys())
-            wrong = [k for k in file.keys() if tuple(file.get_slice(k).get_shape()) != tuple(contiguous[k].shape)]  # noqa: SIM118
-        if missing or wrong:
-            raise UserError(f"{path}: written file lacks or misshapes {sorted(missing) + wrong}; nothing was kept")
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        wrong = sorted(key for key, tensor in contiguous.items() if found.get(key) != tuple(tensor.shape))
+        if wrong:
+            raise UserError(f"{path}: the written file lacks or misshapes {wrong}; nothing was kept")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -150,7 +152,9 @@ def _parse_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno}); mend that line") from error
+        raise UserError(
+            f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); mend that line"
+        ) from error
     if not isinstance(row, dict):
-        raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}; mend that line")
+        raise UserError(f"{path}:{number}: expected a JSON object, not {type(row).__name__}; mend that line")
     return row
