@@ -95,8 +95,12 @@ def quiet_environment(**more: str) -> dict[str, str]:
 
 def losses(run: Path) -> list[float]:
     """The losses of metrics.jsonl, one a logged step."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line["loss"] for line in lines(run / "metrics.jsonl") if "loss" in line]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -34,6 +35,7 @@ def make_arguments(recipe: Recipe, folder: Path, settings: dict[str, Any] | None
     arguments = SFTConfig(
         output_dir=str(folder),
         deepspeed=settings,
+        use_cpu=not torch.cuda.is_available(),
         accelerator_config={"use_configured_state": on_cpus},
         # Without DeepSpeed the weights already have their type; only float16 gradients need scaling.
         bf16=settings is not None and dtype == "bfloat16",
@@ -82,6 +84,7 @@ def _start_cpu_ranks() -> None:
     AcceleratorState._reset_state()
     # It would be compiled for a minute, for a collective that training does not use.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS")  # `limit_threads` has seen to it
         state = PartialState(cpu=True, backend="gloo")
