@@ -156,5 +156,5 @@ def _parse_row(path: Path, number: int, line: str) -> dict[str, Any]:
             f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); mend that line"
         ) from error
     if not isinstance(row, dict):
-        raise UserError(f"{path}:{number}: expected a JSON object, not {type(row).__name__}; mend that line")
+        raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}; mend it")
     return row
