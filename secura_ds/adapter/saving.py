@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
-from secura_ds.adapter.layer import Linear
 from secura_ds.environment import is_main_process
 from secura_ds.files import atomic_write_text, save_tensors
 from secura_ds.sharding import whole
@@ -20,7 +21,7 @@ from secura_ds.sharding import whole
 def adapter_state(
     model: PeftModel, adapter_name: str = "default", *, main_only: bool = False
 ) -> dict[str, Tensor]:
-    """The whole adapter on the CPU, under the keys of PEFT's weights file (`base_model.model....secura_A`).
+    """A whole adapter (ours or another of PEFT) on the CPU, under the keys of PEFT's weights file (`base_model.model....secura_A`).
 
     Gathers one tensor at a time and moves only adapter bytes. Collective: every rank calls it.
 
@@ -28,10 +29,10 @@ def adapter_state(
         main_only: other ranks only take part and get an empty dictionary.
     """
     keep = is_main_process() or not main_only
-    folded = model.peft_config[adapter_name].folded
+    folded = getattr(model.peft_config[adapter_name], "folded", False)
     state: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
-        if not isinstance(module, (Linear, AuxiliaryTrainingWrapper)):
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             continue
         for name, parameter in module.named_parameters(prefix):
             base = ".base_layer." in name[len(prefix) :]
@@ -63,12 +64,11 @@ def save_adapter(model: PeftModel, folder: Path, adapter_name: str = "default") 
 
 def _config_text(model: PeftModel, adapter_name: str) -> str:
     config: Any = model.peft_config[adapter_name]
+    base = model.get_base_model()
     if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = getattr(model.get_base_model(), "name_or_path", None) or None
-    trained, config.inference_mode = config.inference_mode, True
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
-            return (Path(folder) / CONFIG_NAME).read_text(encoding="utf-8")
-    finally:
-        config.inference_mode = trained
+        config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+    mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    saved = replace(config, inference_mode=True)
+    with tempfile.TemporaryDirectory() as folder:
+        saved.save_pretrained(folder, auto_mapping_dict=None if config.task_type else mapping)
+        return (Path(folder) / CONFIG_NAME).read_text(encoding="utf-8")
