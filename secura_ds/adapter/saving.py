@@ -21,9 +21,9 @@ from secura_ds.sharding import whole
 def adapter_state(
     model: PeftModel, adapter_name: str = "default", *, main_only: bool = False
 ) -> dict[str, Tensor]:
-    """A whole adapter (ours or another of PEFT) on the CPU, under the keys of PEFT's weights file (`base_model.model....secura_A`).
+    """The whole adapter on the CPU, under the keys of PEFT's weights file (`base_model.model....secura_A`).
 
-    Gathers one tensor at a time and moves only adapter bytes. Collective: every rank calls it.
+    Takes PEFT's own methods (LoRA, DoRA), too, whose saving is empty where ZeRO-3 holds slices. Gathers one tensor at a time and moves only adapter bytes. Collective: every rank calls it.
 
     Args:
         main_only: other ranks only take part and get an empty dictionary.

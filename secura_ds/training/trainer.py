@@ -146,6 +146,13 @@ class Trainer(SFTTrainer):
             states.restore(self, self.resumed)
         return prepared
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """One pass over the data; none if the resumed checkpoint is the run's last."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: `_prepare_for_training` puts the checkpoint in, once DeepSpeed has the parameters."""
 

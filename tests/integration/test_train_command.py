@@ -1,0 +1,265 @@
+"""The training command in one process: what it leaves, how it stops, how it goes on, what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from training_toys import adapter, lines, losses, write_toy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from launch.train import main
+from secura_ds.errors import run_command
+from secura_ds.training import callbacks
+
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def run(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command in `tmp_path`: run("name", "a.b=c", ..., "--resume")."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(output: str, *options: str) -> int:
+        settings = [f"--set={option}" for option in options if not option.startswith("--")]
+        flags = [option for option in options if option.startswith("--")]
+        return run_command(main, [str(toy), f"--set=training.output_dir={output}", *settings, *flags])
+
+    return call
+
+
+def signal_at(
+    step: int, number: int, monkeypatch: pytest.MonkeyPatch, *, method: str = "on_step_end"
+) -> None:
+    """Send this process a signal at the end of one step, or at the first batch of an evaluation after it."""
+    original = getattr(callbacks.Agreement, method)
+
+    def send(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == step and self.signals.received is None:
+            os.kill(os.getpid(), number)
+        original(self, args, state, control, **more)
+
+    monkeypatch.setattr(callbacks.Agreement, method, send)
+
+
+def test_what_a_run_leaves(run: Run, toy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["data.validation_fraction=0.2", "training.eval_steps=3", 'training.report_to=["tensorboard"]']
+    assert run("run", *options) == 0
+    assert "finished: 7 steps" in capsys.readouterr().out
+    folder = Path("run")
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    summary = json.loads((folder / "run.json").read_text())
+    assert summary["steps"] == 7
+    assert summary["trainable_parameters"] == 4 * 2 * 7 * 9
+    assert summary["peak_memory_bytes"] > 10**8
+    rows = lines(folder / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 8))
+    keys = {
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "memory_bytes",
+        "seconds",
+    }
+    assert set(steps[0]) == keys
+    assert [row["step"] for row in rows if "eval_loss" in row] == [3, 6, 7]
+    assert summary["tokens"] > 7 * 4 * 10
+    statistics = lines(folder / "statistics.jsonl")
+    assert [row["step"] for row in statistics] == list(range(1, 8))
+    assert set(statistics[0]["layers"]["model.layers.1.self_attn.v_proj"]) == {
+        "ratio_max",
+        "limiter_mean",
+        "relative_change",
+    }
+    assert any((folder / "logs").iterdir())
+    assert json.loads((folder / "recipe.resolved.json").read_text())["training"]["max_steps"] == 7
+    assert json.loads((folder / "environment.json").read_text())["seed"] == 0
+    assert not list(folder.glob("**/*.partial"))
+    base = AutoModelForCausalLM.from_pretrained(toy.parent / "backbone")
+    loaded = PeftModel.from_pretrained(base, folder / "adapter")
+    assert any(U.any() for name, U in loaded.named_buffers() if "secura_U" in name)
+    assert AutoTokenizer.from_pretrained(folder / "adapter").pad_token == "<pad>"
+
+
+def test_checkpoints_are_small(run: Run) -> None:
+    assert run("run", "training.save_steps=2") == 0
+    checkpoints = Path("run/checkpoints")
+    assert sorted(p.name for p in checkpoints.iterdir()) == [
+        "factors.safetensors",
+        "step-000006",
+        "step-000007",
+    ]
+    trained = 4 * 2 * 7 * 9 * 4
+    tensors = sum(p.stat().st_size for p in (checkpoints / "step-000007").glob("*.safetensors"))
+    assert tensors < 4 * trained + 8192  # the constant: names of the tensors
+    assert not any(
+        "secura_C" in key for key in load_file(checkpoints / "step-000007" / "trained.safetensors")
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["adapter.fold_every=2"], id="M2"),
+        pytest.param(["adapter.strategy=M1", "adapter.fold_every=2"], id="M1"),
+        pytest.param(["adapter.smagnorm.apply=forward"], id="forward"),
+        pytest.param(
+            ['adapter={"method":"lora","rank":4,"dropout":0.3,"target_modules":["q_proj"]}'], id="lora"
+        ),
+    ],
+)
+def test_a_resumed_run_is_the_same_run(run: Run, options: list[str]) -> None:
+    # 10 steps an epoch: the run is cut in its second one, in the middle of a stretch of the log.
+    settings = [*options, "training.max_steps=14", "training.save_steps=6", "training.logging_steps=5"]
+    assert run("whole", *settings) == 0
+    shutil.copytree("whole", "cut")
+    shutil.rmtree("cut/checkpoints/step-000014")
+    shutil.rmtree("cut/adapter")
+    Path("cut/run.json").unlink()
+    assert run("cut", *settings, "--resume") == 0
+    assert losses(Path("cut")) == losses(Path("whole"))
+    whole, cut = adapter(Path("whole")), adapter(Path("cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    resumed, before = Path("cut/checkpoints/step-000014"), Path("whole/checkpoints/step-000014")
+    for name in ("trained.safetensors", "optimizer.safetensors"):
+        assert (resumed / name).read_bytes() == (before / name).read_bytes()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_with_a_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch, number: int, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        signal_at(4, number, patch)
+        assert run("run") == code
+    assert "--resume goes on from run/checkpoints" in capsys.readouterr().out
+    assert json.loads(Path("run/run.json").read_text())["status"] == "interrupted"
+    assert Path("run/checkpoints/step-000004").is_dir()
+    assert not Path("run/adapter").exists()
+    assert run("run", "--resume") == 0
+    assert [row["step"] for row in lines(Path("run/metrics.jsonl"))] == list(range(1, 8))
+
+
+def test_a_signal_is_heard_inside_an_evaluation(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal_at(3, signal.SIGTERM, monkeypatch, method="on_prediction_step")
+    assert run("run", "data.validation_fraction=0.2", "training.eval_steps=3") == 143
+    assert Path("run/checkpoints/step-000003").is_dir()
+
+
+def test_a_finished_run_is_not_lost(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("run", "training.max_steps=2") == 0
+    before = adapter(Path("run"))
+    assert run("run", "training.max_steps=2") == 2
+    assert "already holds a run (status finished)" in capsys.readouterr().err
+    assert run("run", "training.max_steps=2", "--resume") == 0
+    assert json.loads(Path("run/run.json").read_text())["steps"] == 2
+    again = adapter(Path("run"))
+    assert all(torch.equal(before[key], again[key]) for key in before)
+    assert run("run", "training.max_steps=2", "adapter.cur_rank=5", "--resume") == 2
+    assert "adapter.cur_rank is 5" in capsys.readouterr().err
+    assert run("run", "training.max_steps=2", "adapter.cur_rank=5", "--overwrite") == 0
+    assert adapter(Path("run"))["base_model.model.model.layers.0.self_attn.q_proj.secura_A"].shape == (5, 9)
+
+
+def test_another_batch_is_not_resumed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("run", "training.max_steps=2") == 0
+    assert run("run", "training.max_steps=4", "training.micro_batch_size=1", "--resume") == 2
+    error = capsys.readouterr().err
+    assert "a step now takes 2 examples" in error
+    assert "set training.gradient_accumulation_steps=4" in error
+    options = ["training.micro_batch_size=1", "training.gradient_accumulation_steps=4"]
+    assert run("run", "training.max_steps=4", *options, "--resume") == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = callbacks.Trainer.training_step
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step >= 3:
+            self.step_loss = float("nan")
+        return loss
+
+    monkeypatch.setattr(callbacks.Trainer, "training_step", broken)
+    assert run("run", "training.save_steps=2") == 2
+    error = capsys.readouterr().err
+    assert error.count("error:") == 1
+    assert "not finite for 3 steps, up to step 6: try a lower training.learning_rate (it is 0.01)" in error
+    assert "step-000002" in error
+    assert sorted(p.name for p in Path("run/checkpoints").glob("step*")) == ["step-000002"]
+    assert json.loads(Path("run/run.json").read_text())["status"] == "stopped"
+
+
+def test_a_full_disk_keeps_the_earlier_checkpoint(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from secura_ds import files
+
+    save = files.save_file
+
+    def full(tensors: Any, path: str, **more: Any) -> None:
+        if "step-000004" in path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path, **more)
+
+    monkeypatch.setattr(files, "save_file", full)
+    assert run("run", "training.save_steps=2") == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: the disk holding")
+    assert [p.name for p in Path("run/checkpoints").glob("*step*")] == ["step-000002"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["training.lerning_rate=1"], "did you mean learning_rate?"),
+        (["adapter.cur_rank=65"], "cur_rank is 65, but model.layers.0.self_attn.q_proj is (64, 64)"),
+        (['adapter.target_modules=["no_such"]'], "no_such"),
+        (["data.max_length=4"], "max_length"),
+    ],
+)
+def test_what_is_refused_in_one_line(
+    run: Run, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("run", *options) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert not Path("run/adapter").exists()
+
+
+def test_examples_are_shown(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("run", "--show-examples=2") == 0
+    out = capsys.readouterr().out
+    assert out.count("learnt  ") == 2
+    assert not Path("run").exists()
+
+
+def test_packing_changes_no_loss(run: Run) -> None:
+    """Packed examples must not see each other: with all of them in one step, the first loss is the same."""
+    options = ["training.max_steps=1", "data.max_length=128", "training.gradient_accumulation_steps=1"]
+    assert run("plain", *options, "training.micro_batch_size=40") == 0
+    assert run("packed", *options, "training.micro_batch_size=40", "data.packing=true") == 0
+    assert losses(Path("packed")) == pytest.approx(losses(Path("plain")), rel=1e-5)
