@@ -109,7 +109,7 @@ def openings(model: Any, tokenizer: Any, count: int) -> list[list[int]]:
     if not tokenizer.chat_template:
         return [[begin]] * count
     turn = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
-    ids = tokenizer(turn[: turn.index(_MARK)], add_special_tokens=False)["input_ids"]
+    ids = tokenizer(turn.partition(_MARK)[0], add_special_tokens=False)["input_ids"]
     return [[begin]] * (count - count // 2) + [ids or [begin]] * (count // 2)
 
 

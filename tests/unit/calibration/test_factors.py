@@ -9,7 +9,7 @@ import torch
 from calibration_toys import toy_llama, toy_tokenizer
 from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config, PretrainedConfig, Qwen2Config
 
 from secura_ds.adapter import SecuraConfig
 from secura_ds.calibration import Calibration, calibrate, target_layers
@@ -149,6 +149,41 @@ def test_default_targets_and_exclusions_are_pefts() -> None:
     ] * 2
     some = target_layers(model, _config(exclude_modules=["o_proj", "gate_proj"], layers_to_transform=None))
     assert len(some) == 10
+
+
+TOY_SHAPE: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+
+
+@pytest.mark.parametrize("family", [Qwen2Config(**TOY_SHAPE), Gemma2Config(**TOY_SHAPE, sliding_window=8)])
+def test_other_families_write_and_are_calibrated(family: PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family)
+    result = calibrate(model, toy_tokenizer(), _config(), progress=False)
+    assert result.token_ids.shape == (10, 40)
+    # The cache of the generation must agree with a plain forward: what was drawn is likely there too.
+    probabilities = model.eval().requires_grad_(False)(result.token_ids).logits[:, 20:-1].softmax(-1)
+    drawn = probabilities.gather(2, result.token_ids[:, 21:, None])
+    assert float((probabilities * (probabilities > drawn)).sum(-1).max()) < 0.951
+    moments = _direct_moments(model, result.token_ids)
+    assert len(result.factors) == 14
+    for name, R in result.factors.items():
+        S, r = moments[name], R.double()
+        energy, least = (
+            torch.trace(r @ S @ r.T) / r.square().sum(1).mean(),
+            torch.linalg.eigvalsh(S)[:8].sum(),
+        )
+        assert float(energy) == pytest.approx(float(least), rel=1e-3, abs=1e-6 * float(S.trace()))
 
 
 def test_a_layer_outside_the_body_is_calibrated_too(text: Path) -> None:

@@ -20,8 +20,15 @@ def test_block_init_is_the_corner_of_the_weight() -> None:
     A = cabr.initial_a(weight, 4, 7, "block")
     assert A.dtype == torch.float32
     assert torch.equal(A, weight[:4, :7].float())
+    before = weight.clone()
     A.zero_()
-    assert weight.abs().min() > 0 or weight.any()
+    assert torch.equal(weight, before)
+
+
+def test_block_init_copies_an_fp32_weight() -> None:
+    weight = torch.ones(4, 4)
+    cabr.initial_a(weight, 2, 2, "block").zero_()
+    assert torch.equal(weight, torch.ones(4, 4))
 
 
 def test_block_init_is_the_product_of_truncated_svd_factors() -> None:
