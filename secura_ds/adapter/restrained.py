@@ -68,7 +68,7 @@ def restrained_weight(weight: Tensor, core: Tensor, update: Update) -> tuple[Ten
     restrained = D if weight.dtype == D.dtype else torch.empty_like(weight)
     for rows, w, buffer in _blocks(weight, D.dtype):
         M = _limiter(_ratio(w, D[rows], update.eps, out=buffer), ratio_max, update.restraint)
-        restrained[rows] = _restrain(w, D[rows], M, update.restraint)
+        _restrain(w, D[rows], M, update.restraint, out=restrained[rows])
     return restrained, ratio_max
 
 
@@ -102,16 +102,16 @@ def _backward_weight(
 ) -> tuple[Tensor, Tensor]:
     """d core (r, r) and W+ in the dtype of x: each block of D and M is formed once and used for both."""
     left, right = _sides(core, update)
-    restrained = torch.empty(weight.shape, dtype=x.dtype, device=weight.device)
+    # Row by row, the memory of dW+ becomes that of W+.
+    matrix = dy.T @ x
     dD_R = torch.empty_like(left)
     for rows, w, buffer in _blocks(weight, right.dtype):
         d = left[rows] @ right
         M = _limiter(_ratio(w, d, update.eps, out=buffer), ratio_max, update.restraint)
-        dD = (dy[:, rows].T @ x).to(right.dtype).div_(M)
-        torch.mm(dD, right.T, out=dD_R[rows])
-        restrained[rows] = _restrain(w, d, M, update.restraint)
+        torch.mm(matrix[rows].to(right.dtype) / M, right.T, out=dD_R[rows])
+        _restrain(w, d, M, update.restraint, out=matrix[rows])
     dcore = (update.C.to(left.dtype).T @ dD_R).mul_(update.scaling)
-    return dcore.to(core.dtype), restrained
+    return dcore.to(core.dtype), matrix
 
 
 def _sides(core: Tensor, update: Update) -> tuple[Tensor, Tensor]:
@@ -129,15 +129,20 @@ def _ratio(w: Tensor, d: Tensor, eps: float, out: Tensor) -> Tensor:
 def _limiter(L: Tensor, ratio_max: Tensor, restraint: Restraint) -> Tensor:
     """M from L, in its memory. Where D is 0 everywhere, the M that leaves W as it is."""
     scale = restraint.steepness / torch.where(ratio_max > 0, ratio_max, 1.0)
-    M = L.mul_(scale).sub_(restraint.steepness / 2).sigmoid_().neg_().add_(2.0)
+    # 2 - sigmoid(n) = 1 + sigmoid(-n), which is one pass less.
+    M = L.mul_(-scale).add_(restraint.steepness / 2).sigmoid_().add_(1.0)
     return M if restraint.form == "update" else torch.where(ratio_max > 0, M, 2.0)
 
 
-def _restrain(w: Tensor, d: Tensor, M: Tensor, restraint: Restraint) -> Tensor:
-    """W+, in the memory of M."""
+def _restrain(w: Tensor, d: Tensor, M: Tensor, restraint: Restraint, out: Tensor) -> None:
+    """Write W+ to `out`, which may be the memory of D. Overwrites D and M."""
+    target = out if out.dtype == M.dtype else M
     if restraint.form == "average":
-        return torch.div(d.add_(w, alpha=2.0), M, out=M)
-    return torch.addcdiv(w, d, M, out=M)
+        torch.div(d.add_(w, alpha=2.0), M, out=target)
+    else:
+        torch.addcdiv(w, d, M, out=target)
+    if target is not out:
+        out.copy_(target)
 
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -23,7 +23,8 @@ def adapter_state(
 ) -> dict[str, Tensor]:
     """The whole adapter on the CPU, under the keys of PEFT's weights file (`base_model.model....secura_A`).
 
-    Takes PEFT's own methods (LoRA, DoRA), too, whose saving is empty where ZeRO-3 holds slices. Gathers one tensor at a time and moves only adapter bytes. Collective: every rank calls it.
+    Takes PEFT's own methods (LoRA, DoRA), too, whose saving is empty where ZeRO-3 holds slices.
+    Gathers one tensor at a time and moves only adapter bytes. Collective: every rank calls it.
 
     Args:
         main_only: other ranks only take part and get an empty dictionary.
