@@ -49,7 +49,7 @@ def build_model(
     """
     set_seed(recipe.training.seed)
     tokenizer = load_tokenizer(recipe.backbone)
-    model = load_model(recipe.backbone)
+    model = load_model(recipe.backbone).requires_grad_(False)
     config = adapter_config(recipe, model)
     # transformers loads 4-bit weights whole; those are checked once DeepSpeed has them.
     if is_deepspeed_zero3_enabled() and recipe.backbone.quantization is None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from secura_ds import sharding
 from secura_ds.adapter import SecuraConfig, secura_layers
@@ -51,7 +52,7 @@ def capture(trainer: Trainer) -> Checkpoint:
         "batch": trainer.batch_over_all_ranks,
         "folded": folded,
         "optimizer_numbers": numbers,
-        "schedule": _plain_schedule(trainer.lr_scheduler.state_dict()),
+        "schedule_steps": trainer.lr_scheduler.last_epoch,
         "counters": trainer.counters(),
         "ranks": from_all({"random": random_state(), "loss": trainer.unlogged_loss()}),
     }
@@ -79,9 +80,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         layer.forget()
     optimizer = _inner(trainer.optimizer)
     sharding.load_optimizer_state(optimizer, parameters, checkpoint.optimizer, state["optimizer_numbers"])
-    trainer.lr_scheduler.load_state_dict(state["schedule"])
-    for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
+    _move_schedule(trainer.lr_scheduler, state["schedule_steps"])
 
 
 def own_part(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -141,9 +140,12 @@ def _decode(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
-def _plain_schedule(state: dict[str, Any]) -> dict[str, Any]:
-    # The learning rate's function is made anew from the recipe; only where it stands is kept.
-    return {key: value for key, value in state.items() if key != "lr_lambdas"} | {"lr_lambdas": [None]}
+def _move_schedule(scheduler: LambdaLR, steps: int) -> None:
+    """Go to where the schedule stood; its course is made anew from the recipe, for any number of groups."""
+    scheduler.last_epoch, scheduler._step_count = steps, steps + 1
+    scheduler._last_lr = [b * f(steps) for b, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+        group["lr"] = rate
 
 
 def _folded(model: PeftModel) -> bool:

@@ -1,0 +1,167 @@
+"""Training on two ranks under DeepSpeed: against one process, cut and resumed, on another number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from training_toys import adapter, command, lines, losses, quiet_environment, write_toy
+from transformers import AutoModelForCausalLM
+
+from secura_ds.recipe import load_recipe
+from secura_ds.training import train
+
+HERE = Path(__file__).resolve().parent
+LORA = 'adapter={"method":"lora","rank":3,"target_modules":["q_proj"]}'
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def two_ranks(toy: Path) -> dict[str, object]:
+    """All two-rank runs, in the toy's folder; their outcome by name."""
+    result = toy.parent / "result.json"
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    port = str(20000 + os.getpid() % 20000)
+    worker = [str(HERE / "train_worker.py"), str(toy), str(result)]
+    done = subprocess.run(
+        [launcher, "--num_accelerators", "2", "--master_port", port, *worker],
+        cwd=toy.parent,
+        env=quiet_environment(),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.is_file(), done.stdout[-4000:] + done.stderr[-4000:]
+    outcome: dict[str, object] = json.loads(result.read_text())
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def one_process(toy: Path) -> Path:
+    """The folder with the same runs in one process without DeepSpeed."""
+    folder = toy.parent / "one"
+    for name, options in {
+        "plain": [],
+        "forward": ["adapter.smagnorm.apply=forward"],
+        "M1": ["adapter.strategy=M1"],
+        "lora": [LORA],
+        "calibrated": ["adapter.selection=calibrated", "adapter.calibration.num_tokens=320"],
+    }.items():
+        train(load_recipe(toy, [f"training.output_dir={folder / name}", "training.save_steps=4", *options]))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [
+        ("zero3", "plain"),
+        ("zero2", "plain"),
+        ("forward", "forward"),
+        ("M1", "M1"),
+        ("lora", "lora"),
+        ("calibrated", "calibrated"),
+        ("checkpointing", "plain"),
+        ("checkpointing-forward", "forward"),
+        ("reentrant", "plain"),
+    ],
+)
+def test_two_ranks_train_as_one_process_does(
+    toy: Path, two_ranks: dict[str, object], one_process: Path, name: str, alone: str
+) -> None:
+    assert two_ranks[name] == "finished"
+    assert losses(toy.parent / name) == pytest.approx(losses(one_process / alone), rel=2e-5)
+    together, single = adapter(toy.parent / name), adapter(one_process / alone)
+    assert together.keys() == single.keys()
+    for key, value in single.items():
+        assert torch.allclose(together[key].float(), value.float(), rtol=1e-3, atol=1e-4), key
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero2", "M1", "bf16"])
+def test_a_resumed_run_is_the_same_run(toy: Path, two_ranks: dict[str, object], name: str) -> None:
+    assert two_ranks[f"{name}-cut"] == "finished"
+    assert losses(toy.parent / f"{name}-cut") == losses(toy.parent / name)
+    whole, cut = adapter(toy.parent / name), adapter(toy.parent / f"{name}-cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    last = Path("checkpoints/step-000007")
+    for file in ("trained.safetensors", "optimizer.safetensors"):
+        assert (toy.parent / name / last / file).read_bytes() == (
+            toy.parent / f"{name}-cut" / last / file
+        ).read_bytes()
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(
+    toy: Path, two_ranks: dict[str, object], one_process: Path
+) -> None:
+    """Two ranks of 2 examples until step 4, then one process that gathers 2 passes of 2."""
+    folder = toy.parent / "zero3"
+    moved = toy.parent / "moved"
+    moved.mkdir()
+    for name in ("recipe.resolved.json", "metrics.jsonl"):
+        (moved / name).write_bytes((folder / name).read_bytes())
+    (moved / "checkpoints").mkdir()
+    os.link(folder / "checkpoints/factors.safetensors", moved / "checkpoints/factors.safetensors")
+    (folder / "checkpoints/step-000004").rename(moved / "checkpoints/step-000004")
+    train(load_recipe(toy, [f"training.output_dir={moved}"]), resume=True)
+    assert losses(moved) == pytest.approx(losses(one_process / "plain"), rel=2e-5)
+    assert [line["step"] for line in lines(moved / "metrics.jsonl")] == list(range(1, 8))
+
+
+def test_one_rank_that_is_told_to_stop_stops_both(toy: Path, two_ranks: dict[str, object]) -> None:
+    assert two_ranks["signal"] == {"status": "interrupted", "steps": 3, "signal": signal.SIGTERM}
+    assert (toy.parent / "signal/checkpoints/step-000003/manifest.json").is_file()
+
+
+def test_a_model_loaded_whole_is_refused(two_ranks: dict[str, object]) -> None:
+    assert "frozen weights are whole on every rank" in str(two_ranks["whole"])
+
+
+def test_the_sharded_adapter_loads_in_a_plain_process(toy: Path, two_ranks: dict[str, object]) -> None:
+    base = AutoModelForCausalLM.from_pretrained(toy.parent / "backbone", dtype=torch.bfloat16)
+    loaded = PeftModel.from_pretrained(base, toy.parent / "bf16" / "adapter")
+    B = dict(loaded.named_parameters())["base_model.model.model.layers.0.self_attn.q_proj.secura_B.default"]
+    assert B.shape == (9, 7)
+    assert B.any()
+
+
+def test_masters_are_stored_in_full_precision(toy: Path, two_ranks: dict[str, object]) -> None:
+    stored = load_file(toy.parent / "bf16/checkpoints/step-000007/trained.safetensors")
+    A = next(value for name, value in stored.items() if "secura_A" in name)
+    assert A.dtype == torch.float32
+    assert not torch.equal(A, A.bfloat16().float())
+
+
+def test_ctrl_c_under_the_launcher_leaves_a_checkpoint(toy: Path) -> None:
+    options = ["training.deepspeed=zero3.json", "training.max_steps=100000", "training.output_dir=ctrl-c"]
+    process = subprocess.Popen(
+        command(toy, *[f"--set={option}" for option in options], ranks=2),
+        cwd=toy.parent,
+        env=quiet_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    metrics, deadline = toy.parent / "ctrl-c" / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 2):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode != 0
+    run = json.loads((toy.parent / "ctrl-c" / "run.json").read_text())
+    assert (run["status"], run["signal"]) == ("interrupted", signal.SIGINT), output
+    checkpoint = toy.parent / f"ctrl-c/checkpoints/step-{run['steps']:06d}"
+    assert (checkpoint / "manifest.json").is_file()
