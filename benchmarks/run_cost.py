@@ -1,4 +1,4 @@
-"""Wall time and peak memory of a command with all its processes, sampled twice a second.
+"""Wall time and peak memory of a command with all its processes, sampled every two seconds.
 
 Memory is the sum of proportional set sizes (PSS), which counts a page shared by two processes once.
 
@@ -19,7 +19,7 @@ import psutil
 from secura_ds.errors import run_command
 from secura_ds.files import atomic_write_json
 
-INTERVAL_SECONDS = 0.5
+INTERVAL_SECONDS = 2.0
 
 
 def tree_bytes(process: psutil.Process) -> int:
