@@ -54,18 +54,25 @@ class SecuraModel(BaseTuner):
             _record_quantization(peft_config, self.model)
         self._replace_module(parent, target_name, layer, target)
 
+    def _check_new_adapter_config(self, config: SecuraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if len(self.peft_config) > 1 and any(c.strategy == "M1" for c in self.peft_config.values()):
+            raise UserError(
+                f"adapters {sorted(self.peft_config)} would share base weights that strategy 'M1' rewrites: "
+                "keep one adapter, or use strategy 'M2'"
+            )
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Layers are made with the dtypes they need. PEFT's cast would widen C and R too, and copy x to fp32.
         if autocast_adapter_dtype:
             return
         for layer in secura_layers(self.model).values():
+            dtype = sharding.compute_dtype(layer.get_base_layer())
             for container in (layer.secura_A, layer.secura_B):
-                if adapter_name in container:
+                if adapter_name in container and container[adapter_name].dtype != dtype:
                     old = container[adapter_name]
-                    dtype = sharding.compute_dtype(layer.get_base_layer())
-                    container[adapter_name] = Parameter(
-                        old.detach().to(dtype), requires_grad=old.requires_grad
-                    )
+                    narrow = Parameter(old.detach().to(dtype), requires_grad=old.requires_grad)
+                    container[adapter_name] = narrow
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

@@ -33,6 +33,7 @@ def free_port() -> int:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     toys.toy_llama().save_pretrained(folder)
+    toys.toy_llama(seed=3).save_pretrained(f"{folder}-foreign")
     return folder
 
 
@@ -72,6 +73,18 @@ def test_losses_equal_the_single_process_run(found: dict[str, Any], name: str) -
     assert found["losses"][name] == pytest.approx(expected, abs=1e-6)
     # The adapter moves the loss by far more than the tolerance, so equal losses mean equal updates.
     assert abs(expected[-1] - expected[0]) > 1e-3
+
+
+def test_bf16_follows_fp32(found: dict[str, Any]) -> None:
+    assert found["bf16"] == pytest.approx(found["losses"]["forward"], abs=0.05)
+
+
+def test_saved_adapter_loads_onto_a_sharded_base(found: dict[str, Any]) -> None:
+    loaded = PeftModel.from_pretrained(toys.toy_llama(), found["folder"] / "adapter")
+    expected = toys.logits(loaded)
+    assert float((expected - toys.logits(toys.toy_llama())).abs().max()) > 0.1
+    torch.testing.assert_close(torch.tensor(found["saving"]["logits"]), expected, rtol=0, atol=1e-5)
+    assert "does not belong to this base model" in found["saving"]["foreign"]
 
 
 def test_creation_holds_one_weight_at_a_time(found: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "forward, not reentrant": {"apply": "forward", "checkpointing": False},
     "forward, M1": {"apply": "forward", "strategy": "M1"},
     "forward, M1, persistent": {"apply": "forward", "strategy": "M1", "threshold": 10**6},
+    "forward, ZeRO-2": {"apply": "forward", "stage": 2},
 }
 
 
@@ -55,36 +56,50 @@ def prepare(model: PeftModel, variant: dict[str, Any]) -> None:
         model.enable_input_require_grads()
 
 
-def deepspeed_config(threshold: int = 0) -> dict[str, Any]:
+def deepspeed_config(stage: int = 3, threshold: int = 0, bf16: bool = False) -> dict[str, Any]:
+    """A DeepSpeed configuration for one sample on each rank."""
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold},
+        "bf16": {"enabled": bf16},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": threshold},
     }
 
 
-def start(base: str, settings: dict[str, Any], threshold: int = 0) -> tuple[PeftModel, Any]:
-    """A sharded toy model with an adapter, and the engine that trains it."""
-    zero3 = deepspeed_config(threshold)
-    keep_alive = HfDeepSpeedConfig(zero3)
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), toys.config(**settings))
+def load(base: str, config: dict[str, Any]) -> LlamaForCausalLM:
+    """The toy model, sharded while it is loaded where the stage is 3."""
+    keep_alive = HfDeepSpeedConfig(config)
+    model = LlamaForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    )
+    del keep_alive
+    return model
+
+
+def start(base: str, settings: dict[str, Any], **zero: Any) -> tuple[PeftModel, Any]:
+    """A toy model with an adapter, and the engine that trains it."""
+    config = deepspeed_config(**zero)
+    model = get_peft_model(load(base, config), toys.config(**settings))
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=zero3)[0]
-    del keep_alive
-    return model, engine
+    return model, deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
 def losses_of(base: str, variant: dict[str, Any]) -> list[float]:
     """Losses of a two-rank run, averaged over the ranks."""
-    model, engine = start(base, variant_config(variant), variant.get("threshold", 0))
+    zero = {key: variant[key] for key in ("stage", "threshold", "bf16") if key in variant}
+    model, engine = start(base, variant_config(variant), **zero)
     prepare(model, variant)
+    adapter = next(iter(secura_layers(model).values()))
+    expected = torch.bfloat16 if variant.get("bf16") else torch.float32
+    assert adapter.secura_A["default"].dtype == adapter.secura_B["default"].dtype == expected
+    assert adapter.secura_U["default"].dtype == torch.float32
 
     def step(batch: Tensor) -> float:
         own = batch[dist.get_rank()][None]
         loss = engine(input_ids=own, labels=own).loss
         engine.backward(loss)
         engine.step()
-        value = loss.detach().clone()
+        value = loss.detach().float().clone()
         dist.all_reduce(value)
         return float(value) / dist.get_world_size()
 
@@ -95,9 +110,7 @@ def losses_of(base: str, variant: dict[str, Any]) -> list[float]:
 
 def check_creation(base: str) -> dict[str, Any]:
     """The most weight elements that are whole at once while the adapter is made, and what cannot be done."""
-    alive = HfDeepSpeedConfig(deepspeed_config())
-    model = LlamaForCausalLM.from_pretrained(base)
-    del alive
+    model = load(base, deepspeed_config())
     weights, most, gather = list(model.parameters()), 0, deepspeed.zero.GatheredParameters.__enter__
 
     def watch(self: Any) -> None:
@@ -125,7 +138,7 @@ def check_creation(base: str) -> dict[str, Any]:
 
 def check_saving(base: str, folder: Path) -> dict[str, Any]:
     """Save an adapter whose A and B are sharded; write whole values; read statistics."""
-    model, engine = start(base, {"smagnorm": {"apply": "merge"}})
+    model, engine = start(base, {"smagnorm": {"apply": "forward"}})
     for i, layer in enumerate(secura_layers(model).values()):
         B = layer.secura_B["default"]
         sharding.set_parameter(
@@ -139,7 +152,14 @@ def check_saving(base: str, folder: Path) -> dict[str, Any]:
     same = float((master - sharding.whole(first)).abs().max())
     fold(model)
     left = float(deepspeed.utils.safe_get_full_fp32_param(first).abs().max())
+    loaded = PeftModel.from_pretrained(load(base, deepspeed_config()), folder)
+    with sharding.gathered_forward(loaded):
+        loaded_logits = toys.logits(loaded)
     result = {
+        "logits": loaded_logits.tolist(),
+        "foreign": refusal(
+            lambda: PeftModel.from_pretrained(load(f"{base}-foreign", deepspeed_config()), folder)
+        ),
         "empty": [k for k, v in state.items() if v.numel() == 0],
         "keys": len(state),
         "statistics": statistics,
@@ -214,6 +234,7 @@ def main() -> None:
         "slices": check_slices(),
         "saving": check_saving(arguments.base, arguments.out.parent / "adapter"),
         "losses": {name: losses_of(arguments.base, variant) for name, variant in VARIANTS.items()},
+        "bf16": losses_of(arguments.base, {"apply": "forward", "bf16": True}),
     }
     if dist.get_rank() == 0:
         arguments.out.write_text(json.dumps(result))

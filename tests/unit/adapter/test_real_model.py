@@ -18,7 +18,9 @@ from secura_ds.embedded import embedded_checkpoint
 def test_adapted_and_merged_logits_agree_and_creation_is_fast() -> None:
     folder = embedded_checkpoint()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(folder)("The capital of France is Paris.", return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(folder)(
+        "The capital of France is Paris.", return_tensors="pt"
+    ).input_ids
     base = model(ids).logits
     start = time.thread_time()
     adapted = get_peft_model(model, SecuraConfig(target_modules="all-linear", smagnorm={"apply": "forward"}))

@@ -61,6 +61,13 @@ def test_weights_that_cannot_learn() -> None:
     assert "model.layers.1.mlp.up_proj: the 8 least important rows" in refused({}, base)
 
 
+def test_m1_beside_another_adapter() -> None:
+    model = toys.adapted(strategy="M1")
+    with pytest.raises(UserError, match="\\['default', 'second'\\] would share base weights"):
+        model.add_adapter("second", toys.config())
+    assert list(model.peft_config) == ["default"]
+
+
 def test_no_target_matches() -> None:
     with pytest.raises(ValueError, match="not found in the base model"):
         get_peft_model(toys.toy_llama(), toys.config(target_modules=["query"]))
