@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
+
+from secura_ds.environment import is_main_process
+
+SILENCE = 5.0  # seconds that ranks other than the main one wait before they report an error
 
 
 class UserError(Exception):
@@ -19,6 +24,9 @@ def run_command(main: Callable[[Sequence[str] | None], int], arguments: Sequence
     try:
         return main(arguments)
     except UserError as error:
+        if not is_main_process():
+            # Nearly always the main rank has met the same error, and the launcher ends the others with it.
+            time.sleep(SILENCE)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

@@ -12,26 +12,30 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from secura_ds.sharding.partition import is_sharded, slice_of, whole
+from secura_ds.sharding.partition import is_sharded, slice_of
 
 Numbers = dict[str, float | int | bool]
 
 
 def master(parameter: Parameter) -> Tensor:
-    """The whole fp32 master of a trained parameter on the CPU; the parameter itself where there is none."""
+    """The whole fp32 master of a trained parameter; the parameter itself where there is none."""
     if is_sharded(parameter) or hasattr(parameter, "_hp_mapping"):
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return safe_get_full_fp32_param(parameter).to("cpu", copy=True)
-    return whole(parameter)
+        gathered: Tensor = safe_get_full_fp32_param(parameter)
+        return gathered
+    return parameter.detach()
 
 
-def optimizer_state(optimizer: Any, parameters: Mapping[str, Parameter]) -> tuple[dict[str, Tensor], Numbers]:
+def optimizer_state(
+    optimizer: Any, parameters: Mapping[str, Parameter], *, keep: bool = True
+) -> tuple[dict[str, Tensor], Numbers]:
     """What the optimizer remembers of each parameter.
 
     Args:
         optimizer: a torch optimizer, or DeepSpeed's ZeRO optimizer.
         parameters: the trained parameters by name; on every rank the same, in the same order.
+        keep: False on ranks that only take part; what they get is of no use.
 
     Returns:
         tensors under `<name>/<key>` on the CPU, and plain numbers under the same names (such as the step).
@@ -51,7 +55,9 @@ def optimizer_state(optimizer: Any, parameters: Mapping[str, Parameter]) -> tupl
     for key, value in example.items():
         if isinstance(value, Tensor) and value.numel() == size:
             for name, parameter in parameters.items():
-                tensors[f"{name}/{key}"] = safe_get_full_optimizer_state(parameter, key).to("cpu", copy=True)
+                gathered = safe_get_full_optimizer_state(parameter, key)
+                if keep:
+                    tensors[f"{name}/{key}"] = gathered.to("cpu", copy=True)
         else:
             numbers.update({f"{name}/{key}": _number(value) for name in parameters})
     return tensors, numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from typing import Any
@@ -79,8 +80,11 @@ def reentrant_checkpointing(settings: dict[str, Any] | None) -> bool:
     return _numbers(_installed_version()) < NON_REENTRANT_SINCE
 
 
-def check_hardware(recipe: Recipe) -> None:
-    """Raise a UserError for a data type that this machine cannot train in."""
+def check_machine(recipe: Recipe) -> None:
+    """Raise a UserError for a data type that this machine cannot train in, or a tracker that it lacks."""
+    for name in recipe.training.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f'training.report_to has "{name}", which is not installed: pip install {name}')
     if recipe.backbone.dtype == "float16" and not torch.cuda.is_available():
         raise UserError('backbone.dtype is "float16", which needs a GPU: use "bfloat16" or "float32"')
 

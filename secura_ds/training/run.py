@@ -15,7 +15,6 @@ from safetensors import safe_open
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig
 
 from secura_ds import environment
@@ -76,7 +75,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
         UserError: anything the user can mend, the same on every rank; earlier checkpoints stay as they are.
     """
     began = time.perf_counter()
-    preflight.check_hardware(recipe)
+    preflight.check_machine(recipe)
     folder = Path(recipe.training.output_dir).absolute()
     settings = preflight.deepspeed_settings(recipe)
     arguments = make_arguments(recipe, folder, settings)
@@ -91,7 +90,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
     signals = Signals()
     agreement = _add_callbacks(trainer, recipe, folder, signals)
     with signals.watched():
-        _run(trainer, agreement, found)
+        _run(trainer, found)
         status = _status(agreement)
         if status == "finished":
             _finish(trainer, folder)
@@ -178,13 +177,12 @@ def _add_callbacks(trainer: Trainer, recipe: Recipe, folder: Path, signals: Sign
     return agreement
 
 
-def _run(trainer: Trainer, agreement: Agreement, found: Path | None) -> TrainOutput | None:
+def _run(trainer: Trainer, found: Path | None) -> None:
     """Train to the end or to the step at which a signal arrived."""
     try:
-        return trainer.train(resume_from_checkpoint=str(found) if found is not None else None)
+        trainer.train(resume_from_checkpoint=str(found) if found is not None else None)
     except StopRequested:
         trainer._save_checkpoint()
-        return None
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Log):

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from secura_ds import sharding
 from secura_ds.adapter import SecuraConfig, secura_layers
-from secura_ds.environment import rank, world_size
+from secura_ds.environment import is_main_process, rank, world_size
 from secura_ds.errors import UserError
 from secura_ds.training.checkpoint import Checkpoint
 from secura_ds.training.model import accumulators, trainable
@@ -32,8 +32,15 @@ def capture(trainer: Trainer) -> Checkpoint:
     """
     model = trainer.model
     parameters = trainable(model)
-    trained = {name: sharding.master(p) for name, p in parameters.items()}
-    broken = [name for name, value in trained.items() if not torch.isfinite(value).all()]
+    main = is_main_process()
+    trained: dict[str, Tensor] = {}
+    broken = []
+    for name, parameter in parameters.items():
+        value = sharding.master(parameter)
+        if not torch.isfinite(value).all():
+            broken.append(name)
+        if main:
+            trained[name] = value.to("cpu", copy=True)
     if broken:
         raise UserError(
             f"{len(broken)} trained parameters are not finite, the first is {broken[0]}; nothing was saved"
@@ -42,9 +49,10 @@ def capture(trainer: Trainer) -> Checkpoint:
     folded = _folded(model)
     if folded:
         trained.update(
-            (f"{name}.base_layer.weight", sharding.whole(w)) for name, w in _base_weights(model).items()
+            (f"{name}.base_layer.weight", sharding.whole(w, keep=main))
+            for name, w in _base_weights(model).items()
         )
-    tensors, numbers = sharding.optimizer_state(_inner(trainer.optimizer), parameters)
+    tensors, numbers = sharding.optimizer_state(_inner(trainer.optimizer), parameters, keep=main)
     state = {
         "format": 1,
         "step": trainer.state.global_step,

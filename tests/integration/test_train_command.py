@@ -121,6 +121,14 @@ def test_checkpoints_are_small(run: Run) -> None:
     [
         pytest.param(["adapter.fold_every=2"], id="M2"),
         pytest.param(["adapter.strategy=M1", "adapter.fold_every=2"], id="M1"),
+        pytest.param(
+            [
+                "backbone.dtype=bfloat16",
+                "backbone.quantization.kind=nf4",
+                "training.gradient_checkpointing=true",
+            ],
+            id="nf4",
+        ),
         pytest.param(["adapter.smagnorm.apply=forward"], id="forward"),
         pytest.param(
             ['adapter={"method":"lora","rank":4,"dropout":0.3,"target_modules":["q_proj"]}'], id="lora"

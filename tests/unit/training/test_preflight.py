@@ -71,7 +71,13 @@ def test_settings_that_cannot_work(path: Path, launched: None) -> None:
 def test_half_precision_needs_a_gpu(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="float16"):
-        preflight.check_hardware(load_recipe(path, ["backbone.dtype=float16"]))
+        preflight.check_machine(load_recipe(path, ["backbone.dtype=float16"]))
+
+
+def test_a_tracker_must_be_installed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "mlflow" else name)
+    with pytest.raises(UserError, match='report_to has "mlflow".*pip install mlflow'):
+        preflight.check_machine(load_recipe(path, ['training.report_to=["tensorboard","mlflow"]']))
 
 
 def test_threads_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
