@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import secura_ds  # noqa: F401 - registers our adapter with PEFT
+from secura_ds.adapter import load_adapter
 from secura_ds.backbones import load_model, load_tokenizer
 from secura_ds.errors import UserError, run_command
 from secura_ds.evaluation import evaluate
@@ -73,19 +71,8 @@ def _load(
     if torch.cuda.is_available() and backbone.quantization is None:
         model.to("cuda")
     if adapter is not None:
-        model = _with_adapter(model, adapter)
+        model = load_adapter(model, adapter)
     return model, tokenizer
-
-
-def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (SafetensorError, RuntimeError) as error:  # a truncated file; another model's shapes
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"--adapter {adapter} does not load on {model.config.name_or_path} ({reason}): "
-            "copy it again, or give the recipe it was trained with"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from peft.utils import register_peft_method
 from secura_ds.adapter.config import AdapterType, SecuraConfig
 from secura_ds.adapter.fold import fold, layer_statistics, merged_weight
 from secura_ds.adapter.layer import Linear, SecuraLayer
-from secura_ds.adapter.loading import fingerprint_error
+from secura_ds.adapter.loading import fingerprint_error, load_adapter
 from secura_ds.adapter.model import SecuraModel, secura_layers
 from secura_ds.adapter.saving import adapter_state, save_adapter
 
@@ -23,6 +23,7 @@ __all__ = [
     "fingerprint_error",
     "fold",
     "layer_statistics",
+    "load_adapter",
     "merged_weight",
     "save_adapter",
     "secura_layers",

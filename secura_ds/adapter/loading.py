@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from secura_ds import sharding
 from secura_ds.adapter.config import SecuraConfig
@@ -86,3 +90,19 @@ def _saved(state_dict: Mapping[str, Tensor], layer_name: str, part: str) -> Tens
     key = f"{layer_name}.secura_{part}"
     found = state_dict.get(f"base_model.model.{key}")
     return state_dict.get(key) if found is None else found
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put the adapter saved in `folder`, of any PEFT method, onto `model`.
+
+    Raises:
+        UserError: the file is damaged, or the adapter was made for another model.
+    """
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (SafetensorError, RuntimeError) as error:  # a truncated file; another model's shapes
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the adapter {folder} does not load on {model.config.name_or_path} ({reason}): "
+            "copy it again, or give the recipe it was trained with"
+        ) from error

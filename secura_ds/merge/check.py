@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from peft import PeftModel
-from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
+from secura_ds.adapter import load_adapter
 from secura_ds.errors import UserError
 from secura_ds.merge.adapter_file import AdapterFile
 from secura_ds.merge.checkpoint import Checkpoint
@@ -79,7 +79,7 @@ def logit_gap(base: Checkpoint, adapter: AdapterFile, merged: Path) -> LogitGap:
         tokens = _probe_tokens(merged).to(device)
         model = _load(base.folder, device_map=device, **_quantized(adapter))
         keep_exact(model)
-        expected = _logits(PeftModel.from_pretrained(model, str(adapter.folder)), tokens)
+        expected = _logits(load_adapter(model, adapter.folder), tokens)
         del model
         gc.collect()
         got = _logits(_load(merged, device_map=device), tokens)
@@ -104,7 +104,7 @@ def _quantized(adapter: AdapterFile) -> dict[str, Any]:
     return {"quantization_config": BitsAndBytesConfig.from_dict(recorded)} if recorded else {}
 
 
-def _logits(model: PreTrainedModel | PeftModel, tokens: Tensor) -> Tensor:
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     return model.eval()(input_ids=tokens).logits[0].float().cpu()
 
 
