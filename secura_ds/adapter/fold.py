@@ -45,7 +45,7 @@ def layer_statistics(model: nn.Module, adapter_name: str = "default") -> dict[st
     plain = {n: la for n, la in layers.items() if not sharding.is_quantized(la.get_base_layer())}
     updates = [layer.slice_update(adapter_name) for layer in plain.values()]
     found = dict(zip(plain, sharding.slice_statistics(updates), strict=True)) if updates else {}
-    for name in layers.keys() - plain.keys():
+    for name in (name for name in layers if name not in plain):  # on every rank in the same order
         weight = sharding.dequantized(layers[name].get_base_layer())
         found[name] = sharding.slice_statistics([layers[name].slice_update(adapter_name, weight)])[0]
     return {name: found[name]._asdict() for name in layers}

@@ -59,6 +59,7 @@ def one_process(toy: Path) -> Path:
         "M1": ["adapter.strategy=M1"],
         "lora": [LORA],
         "calibrated": ["adapter.selection=calibrated", "adapter.calibration.num_tokens=320"],
+        "nf4": ["backbone.dtype=bfloat16", "backbone.quantization.kind=nf4"],
     }.items():
         train(load_recipe(toy, [f"training.output_dir={folder / name}", "training.save_steps=4", *options]))
     return folder
@@ -87,6 +88,12 @@ def test_two_ranks_train_as_one_process_does(
     assert together.keys() == single.keys()
     for key, value in single.items():
         assert torch.allclose(together[key].float(), value.float(), rtol=1e-3, atol=1e-4), key
+
+
+def test_two_ranks_train_on_4_bit_weights(toy: Path, two_ranks: dict[str, object], one_process: Path) -> None:
+    assert two_ranks["nf4"] == "finished"
+    # The trained parameters are bfloat16 there, fp32 here.
+    assert losses(toy.parent / "nf4") == pytest.approx(losses(one_process / "nf4"), rel=3e-2)
 
 
 @pytest.mark.parametrize("name", ["zero3", "zero2", "M1", "bf16"])

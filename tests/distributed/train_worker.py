@@ -27,6 +27,7 @@ CASES: dict[str, list[str]] = {
     "M1": ["adapter.strategy=M1"],
     "lora": [LORA],
     "bf16": ["backbone.dtype=bfloat16"],
+    "nf4": ["backbone.dtype=bfloat16", "backbone.quantization.kind=nf4"],
     "checkpointing": ["training.gradient_checkpointing=true"],
     "checkpointing-forward": ["training.gradient_checkpointing=true", "adapter.smagnorm.apply=forward"],
     "calibrated": ["adapter.selection=calibrated", "adapter.calibration.num_tokens=320"],
