@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from secura_ds.adapter import SecuraConfig, fold
 
@@ -28,6 +29,18 @@ def toy_llama(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
         "initializer_range": 0.1,
     }
     return LlamaForCausalLM(LlamaConfig(**(shape | settings)))
+
+
+def nf4_llama(folder: Path | str) -> LlamaForCausalLM:
+    """A saved toy Llama with its linear layers in 4 bits, computing in bf16."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16,
+    )
+    return LlamaForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.bfloat16)
 
 
 def config(**settings: Any) -> SecuraConfig:

@@ -36,6 +36,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "forward, M1, persistent": {"apply": "forward", "strategy": "M1", "threshold": 10**6},
     "forward, ZeRO-2": {"apply": "forward", "stage": 2},
 }
+# Not bit-equal on two ranks, because the mean over the batch is rounded to bf16 elsewhere.
+BF16_VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16": {"apply": "forward", "bf16": True},
+    "4-bit, merge": {"apply": "merge", "bf16": True, "nf4": True},
+    "4-bit, forward": {"apply": "forward", "bf16": True, "nf4": True},
+}
 
 
 def variant_config(variant: dict[str, Any]) -> dict[str, Any]:
@@ -65,20 +71,25 @@ def deepspeed_config(stage: int = 3, threshold: int = 0, bf16: bool = False) -> 
     }
 
 
-def load(base: str, config: dict[str, Any]) -> LlamaForCausalLM:
-    """The toy model, sharded while it is loaded where the stage is 3."""
+def load_plain(base: str | Path, bf16: bool = False, nf4: bool = False) -> LlamaForCausalLM:
+    """The saved toy model."""
+    if nf4:
+        return toys.nf4_llama(base)
+    return LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16 if bf16 else torch.float32)
+
+
+def load(base: str, config: dict[str, Any], nf4: bool = False) -> LlamaForCausalLM:
+    """The same, sharded while it is loaded where the stage is 3 (4-bit weights by the engine, later)."""
     keep_alive = HfDeepSpeedConfig(config)
-    model = LlamaForCausalLM.from_pretrained(
-        base, dtype=torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
-    )
+    model = load_plain(base, config["bf16"]["enabled"], nf4)
     del keep_alive
     return model
 
 
-def start(base: str, settings: dict[str, Any], **zero: Any) -> tuple[PeftModel, Any]:
+def start(base: str, settings: dict[str, Any], nf4: bool = False, **zero: Any) -> tuple[PeftModel, Any]:
     """A toy model with an adapter, and the engine that trains it."""
     config = deepspeed_config(**zero)
-    model = get_peft_model(load(base, config), toys.config(**settings))
+    model = get_peft_model(load(base, config, nf4), toys.config(**settings))
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0)
     return model, deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -86,7 +97,7 @@ def start(base: str, settings: dict[str, Any], **zero: Any) -> tuple[PeftModel, 
 
 def losses_of(base: str, variant: dict[str, Any]) -> list[float]:
     """Losses of a two-rank run, averaged over the ranks."""
-    zero = {key: variant[key] for key in ("stage", "threshold", "bf16") if key in variant}
+    zero = {key: variant[key] for key in ("stage", "threshold", "bf16", "nf4") if key in variant}
     model, engine = start(base, variant_config(variant), **zero)
     prepare(model, variant)
     adapter = next(iter(secura_layers(model).values()))
@@ -233,8 +244,9 @@ def main() -> None:
         "creation": check_creation(arguments.base),
         "slices": check_slices(),
         "saving": check_saving(arguments.base, arguments.out.parent / "adapter"),
-        "losses": {name: losses_of(arguments.base, variant) for name, variant in VARIANTS.items()},
-        "bf16": losses_of(arguments.base, {"apply": "forward", "bf16": True}),
+        "losses": {
+            name: losses_of(arguments.base, variant) for name, variant in (VARIANTS | BF16_VARIANTS).items()
+        },
     }
     if dist.get_rank() == 0:
         arguments.out.write_text(json.dumps(result))

@@ -10,7 +10,6 @@ import adapter_toys as toys
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from secura_ds import UserError, fold, sharding
 from secura_ds.adapter import layer_statistics, merged_weight, save_adapter, secura_layers
@@ -23,19 +22,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def nf4(folder: Path, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,
-    )
-    return LlamaForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype)
-
-
 def adapted(folder: Path, **settings: Any) -> PeftModel:
-    model = get_peft_model(nf4(folder), toys.config(**settings))
+    model = get_peft_model(toys.nf4_llama(folder), toys.config(**settings))
     toys.randomize(model)
     return model
 
@@ -53,7 +41,7 @@ def test_trains_folds_and_reloads(checkpoint: Path, apply: str, tmp_path: Path) 
     fold(model)
     assert torch.equal(toys.logits(model), before)
     save_adapter(model, tmp_path)
-    loaded = PeftModel.from_pretrained(nf4(checkpoint), tmp_path)
+    loaded = PeftModel.from_pretrained(toys.nf4_llama(checkpoint), tmp_path)
     assert torch.equal(toys.logits(loaded), before)
 
 
@@ -96,7 +84,7 @@ def test_forward_equals_the_weight_that_is_merged(checkpoint: Path) -> None:
 
 def test_m1_is_refused_with_reason_and_remedy(checkpoint: Path) -> None:
     with pytest.raises(UserError) as error:
-        get_peft_model(nf4(checkpoint), toys.config(strategy="M1"))
+        get_peft_model(toys.nf4_llama(checkpoint), toys.config(strategy="M1"))
     assert "model.layers.0.self_attn.q_proj is a 4-bit layer" in str(error.value)
     assert "would vanish" in str(error.value)
     assert "use strategy 'M2'" in str(error.value)
