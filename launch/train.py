@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _quiet()
     recipe = load_recipe(options.recipe, options.set)
-    if options.show_examples:
+    if options.show_examples is not None:
         return _show(recipe, options.show_examples)
     summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
     if is_main_process():

@@ -22,12 +22,19 @@ OWN_FILES = (
 FREE_SETTINGS = ("name", "description", "training", "evaluation")
 
 
-def check(folder: Path, *, resume: bool, overwrite: bool) -> None:
+def check(folder: Path, *, resume: bool, overwrite: bool, reads: Path | None = None) -> None:
     """Refuse `folder` because an earlier run lies there; changes nothing. Main process only.
 
+    Args:
+        reads: a file that the new run needs.
+
     Raises:
-        UserError: the folder holds a run and neither `resume` nor `overwrite` is set, or both are.
+        UserError: the folder holds a run and neither `resume` nor `overwrite` is set, or both are, or
+            `overwrite` would delete what the new run reads.
     """
+    own = [(folder / name).resolve() for name in OWN_FILES]
+    if overwrite and reads is not None and any(reads.resolve().is_relative_to(path) for path in own):
+        raise UserError(f"the recipe reads {reads}, which --overwrite would delete: move the file elsewhere")
     if resume and overwrite:
         raise UserError(
             "--resume continues the run in the output folder, --overwrite deletes it: give one of them"

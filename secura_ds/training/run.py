@@ -24,7 +24,7 @@ from secura_ds.data import build_datasets
 from secura_ds.environment import is_main_process
 from secura_ds.errors import UserError
 from secura_ds.files import atomic_folder, atomic_write_json
-from secura_ds.recipe import Recipe
+from secura_ds.recipe import Recipe, SecuraAdapter
 from secura_ds.sharding import full_shape
 from secura_ds.training import checkpoint as files
 from secura_ds.training import folder as folders
@@ -80,7 +80,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
     settings = preflight.deepspeed_settings(recipe)
     arguments = make_arguments(recipe, folder, settings)
     preflight.limit_threads()
-    on_main(lambda: folders.check(folder, resume=resume, overwrite=overwrite))
+    text = _calibration_text(recipe)
+    on_main(lambda: folders.check(folder, resume=resume, overwrite=overwrite, reads=text))
     # The data first: what is wrong with it shows before an earlier run is deleted, and before minutes go into
     # loading and calibrating.
     train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
@@ -107,6 +108,13 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
     if status == "stopped":
         raise UserError(_not_finite(trainer, recipe))
     return summary
+
+
+def _calibration_text(recipe: Recipe) -> Path | None:
+    """The recipe's own text for calibration, often that of an earlier run."""
+    adapter = recipe.adapter
+    text = adapter.calibration.text if isinstance(adapter, SecuraAdapter) else None
+    return None if text is None else recipe.resolve_path(text)
 
 
 def _open_folder(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool) -> Path | None:

@@ -262,7 +262,28 @@ def test_examples_are_shown(run: Run, capsys: pytest.CaptureFixture[str]) -> Non
     assert run("run", "--show-examples=2") == 0
     out = capsys.readouterr().out
     assert out.count("learnt  ") == 2
+    assert run("run", "--show-examples=0") == 0
+    assert "40 read" in capsys.readouterr().out
     assert not Path("run").exists()
+
+
+def test_the_text_of_a_calibration_is_kept_and_used_again(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["training.max_steps=1", "adapter.selection=calibrated", "adapter.calibration.num_tokens=320"]
+    text = "adapter.calibration.text=first/calibration.jsonl"
+    assert run("first", *options) == 0
+    kept = Path("first/calibration.jsonl").read_bytes()
+    assert [len(row["token_ids"]) for row in lines(Path("first/calibration.jsonl"))] == [160, 160]
+    assert run("second", *options, "adapter.calibration.seed=1", text) == 0
+    assert Path("second/calibration.jsonl").read_bytes() == kept
+    first, second = adapter(Path("first")), adapter(Path("second"))
+    factors = [name for name in first if name.endswith("secura_R")]
+    assert len(factors) == 4 and all(torch.equal(first[name], second[name]) for name in factors)
+    capsys.readouterr()
+    assert run("first", *options, text, "--overwrite") == 2
+    assert "calibration.jsonl, which --overwrite would delete" in capsys.readouterr().err
+    assert Path("first/calibration.jsonl").read_bytes() == kept and Path("first/adapter").is_dir()
 
 
 def test_packing_changes_no_loss(run: Run) -> None:
