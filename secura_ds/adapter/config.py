@@ -5,12 +5,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from secura_ds.errors import UserError
 from secura_ds.sharding import Restraint
+
+T = TypeVar("T")
 
 
 class AdapterType(str, enum.Enum):  # noqa: UP042 - a str enum like PEFT's own, which has no door for others
@@ -141,6 +144,11 @@ class SecuraConfig(PeftConfig):
 
 
 _PATTERNS = {"cur_rank": "rank_pattern", "inner_rank": "inner_rank_pattern"}
+
+
+def by_layer(pattern: Mapping[str, T], layer_name: str, default: T) -> T:
+    """The value that a pattern of PEFT's, such as `rank_pattern`, gives to one layer, else `default`."""
+    return pattern.get(get_pattern_key(list(pattern), layer_name), default)
 
 
 def _smagnorm(given: Mapping[str, Any]) -> dict[str, Any]:

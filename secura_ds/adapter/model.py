@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from secura_ds import sharding
-from secura_ds.adapter.config import SecuraConfig
+from secura_ds.adapter.config import SecuraConfig, by_layer
 from secura_ds.adapter.layer import Linear, SecuraLayer
 from secura_ds.adapter.loading import load_folded_weights, refuse_foreign_base
 from secura_ds.errors import UserError
@@ -40,8 +39,8 @@ class SecuraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         ranks = (
-            _by_layer(peft_config.rank_pattern, current_key, peft_config.cur_rank),
-            _by_layer(peft_config.inner_rank_pattern, current_key, peft_config.inner_rank),
+            by_layer(peft_config.rank_pattern, current_key, peft_config.cur_rank),
+            by_layer(peft_config.inner_rank_pattern, current_key, peft_config.inner_rank),
         )
         if isinstance(target, Linear):
             target.update_layer(adapter_name, *ranks, config=peft_config)
@@ -120,10 +119,6 @@ def secura_layers(model: nn.Module) -> dict[str, Linear]:
     """The adapter layers by their name in the base model, in the order of the model."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, Linear))
     return {name.removeprefix("base_model.model."): layer for name, layer in layers}
-
-
-def _by_layer(pattern: dict[str, int], layer_name: str, default: int) -> int:
-    return pattern.get(get_pattern_key(list(pattern), layer_name), default)
 
 
 def _refuse_unsupported(model: nn.Module, target: nn.Module, name: str) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from secura_ds import sharding
-from secura_ds.adapter.config import SecuraConfig
+from secura_ds.adapter.config import SecuraConfig, by_layer
 from secura_ds.adapter.factors import check_ranks
 from secura_ds.adapter.model import SecuraModel
 from secura_ds.calibration.moments import (
@@ -53,8 +52,8 @@ def calibrate(
         text_path: text to calibrate on (JSON lines or plain) instead of `config.calibration["text"]`; with
             neither the model writes it.
         progress: show progress bars, on rank 0.
-        memory_limit: bytes that second moments may take, and whole weights of a sharded model beside them;
-            more passes over the text are made, and weights gathered again, to keep to it.
+        memory_limit: bytes that second moments may take, with more passes over the text to keep to it, and
+            bytes of a sharded model's weights that stay whole while it writes the text.
 
     Raises:
         UserError: nothing is targeted, a rank is too large for a layer, a layer's inputs are zero
@@ -75,6 +74,8 @@ def calibrate(
             token_ids = read_tokens(Path(source), tokenizer, settings["num_tokens"])
         else:
             token_ids = generate(model, tokenizer, settings["num_tokens"], settings["seed"], show)
+    # Passes over the text are few: nothing stays whole between them, nor while factors are computed.
+    with _frozen(model), sharding.gathered_forward(model):
         body, ids = _body(model, layers), token_ids.to(model.device)
         runs = list(within_memory(input_groups(body, layers, ids), memory_limit))
         num_forwards = len(turns(len(ids.split(FORWARD_BATCH))))
@@ -111,7 +112,7 @@ def target_layers(model: Any, config: SecuraConfig) -> dict[str, nn.Linear]:
             raise UserError(
                 f"target module {name} is a {type(module).__name__}: only linear layers can be calibrated"
             )
-        inner_rank = _of_layer(config.inner_rank_pattern, name, config.inner_rank)
+        inner_rank = by_layer(config.inner_rank_pattern, name, config.inner_rank)
         check_ranks(module, name, _rank(config, name), inner_rank, config)
         layers[name] = module
     if not layers:
@@ -121,12 +122,8 @@ def target_layers(model: Any, config: SecuraConfig) -> dict[str, nn.Linear]:
     return layers
 
 
-def _of_layer(pattern: Mapping[str, int], name: str, default: int) -> int:
-    return pattern.get(get_pattern_key(list(pattern), name), default)
-
-
 def _rank(config: SecuraConfig, name: str) -> int:
-    return _of_layer(config.rank_pattern, name, config.cur_rank)
+    return by_layer(config.rank_pattern, name, config.cur_rank)
 
 
 @contextmanager

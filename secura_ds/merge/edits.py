@@ -13,10 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from secura_ds.adapter.config import SecuraConfig
+from secura_ds.adapter.config import SecuraConfig, by_layer
 from secura_ds.errors import UserError
 from secura_ds.merge.adapter_file import AdapterFile, Parts
 from secura_ds.merge.checkpoint import Checkpoint, StoredTensor
@@ -156,8 +155,7 @@ def _require_columns(parts: Parts, C: Tensor, trained: Tensor, *, exact: bool) -
 
 
 def _lora_scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    patterns: dict[str, float] = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns.keys(), module), config.get("lora_alpha", 8))
+    alpha: float = by_layer(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
