@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -13,12 +14,24 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from secura_ds.calibration import text
 from secura_ds.errors import UserError
+from secura_ds.method import calibrated
 from secura_ds.sharding import assert_partitioned, whole
 
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 1,
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
 }
+
+
+def watch_factors(model: torch.nn.Module) -> None:
+    """Fail where a sharded weight is whole while factors are computed from a copy of one of them."""
+    compute = calibrated.factors
+
+    def checked(*arguments: Any, **options: Any) -> torch.Tensor:
+        assert_partitioned(model)
+        return compute(*arguments, **options)
+
+    calibrated.factors = checked
 
 
 def main(base: Path, out: Path) -> None:
@@ -32,6 +45,7 @@ def main(base: Path, out: Path) -> None:
     before = {name: whole(p) for name, p in model.named_parameters()}
     folder = out / str(rank)
     folder.mkdir()
+    watch_factors(model)
     result = calibrate_all_modes(model, folder)
     assert_partitioned(model)
     assert all(torch.equal(whole(p), before[name]) for name, p in model.named_parameters())
