@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +16,7 @@ from transformers.trainer_utils import set_seed
 from secura_ds import sharding
 from secura_ds.adapter import SecuraConfig, secura_layers
 from secura_ds.backbones import check_targets, load_model, load_tokenizer
-from secura_ds.calibration import calibrate
-from secura_ds.environment import is_main_process
+from secura_ds.calibration import Calibration, calibrate
 from secura_ds.errors import UserError
 from secura_ds.recipe import LoraAdapter, Recipe
 
@@ -30,7 +28,7 @@ def build_model(
     *,
     device: torch.device | None = None,
     sharded: bool = False,
-    calibration_file: Path | None = None,
+    on_calibration: Callable[[Calibration], object] | None = None,
     factors: Mapping[str, Tensor] | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load the backbone, calibrate it if the recipe says so, and put the adapter in.
@@ -41,7 +39,7 @@ def build_model(
     Args:
         device: where a model that is not sharded goes; None leaves it on the CPU.
         sharded: DeepSpeed (any stage) will own the parameters, which then must all have one dtype.
-        calibration_file: where the text that calibration ran on is written.
+        on_calibration: is given what calibration made, on every rank, if the recipe calls for one.
         factors: frozen buffers of an earlier run (`frozen_factors`), instead of choosing them anew.
 
     Raises:
@@ -61,8 +59,8 @@ def build_model(
             config.factors_saved = True
         elif config.selection == "calibrated":
             calibration = calibrate(model, tokenizer, config)
-            if calibration_file is not None and is_main_process():
-                calibration.save(calibration_file)
+            if on_calibration is not None:
+                on_calibration(calibration)
     # The adapter's random numbers must not depend on how many calibration drew.
     set_seed(recipe.training.seed)
     adapted = _put_adapter(model, config, autocast=not sharded)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from trl import SFTConfig
 from secura_ds import environment
 from secura_ds.adapter import SecuraConfig, fold, save_adapter
 from secura_ds.backbones import load_tokenizer
+from secura_ds.calibration import Calibration
 from secura_ds.data import build_datasets
 from secura_ds.environment import is_main_process
 from secura_ds.errors import UserError
@@ -41,7 +43,6 @@ from secura_ds.training.callbacks import (
     cut_log,
     peak_memory,
 )
-from secura_ds.training.checkpoint import Checkpoint
 from secura_ds.training.model import build_model, describe_adapter, frozen_factors, trainable
 from secura_ds.training.ranks import on_main
 from secura_ds.training.trainer import Trainer
@@ -82,12 +83,12 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
     preflight.limit_threads()
     text = _calibration_text(recipe)
     on_main(lambda: folders.check(folder, resume=resume, overwrite=overwrite, reads=text))
-    # The data first: what is wrong with it shows before an earlier run is deleted, and before minutes go into
-    # loading and calibrating.
+    # The data first: what is wrong with it shows before minutes go into loading and calibrating.
     train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
-    found = on_main(lambda: _open_folder(recipe, folder, resume=resume, overwrite=overwrite))
-    resumed = files.read(found) if found is not None else None
-    trainer = _make_trainer(recipe, folder, arguments, settings, (train_rows, validation), resumed)
+    found = on_main(lambda: _find_checkpoint(recipe, folder)) if resume else None
+    trainer = _make_trainer(
+        recipe, folder, arguments, settings, (train_rows, validation), found, overwrite=overwrite
+    )
     signals = Signals()
     agreement = _add_callbacks(trainer, recipe, folder, signals)
     with signals.watched():
@@ -117,23 +118,35 @@ def _calibration_text(recipe: Recipe) -> Path | None:
     return None if text is None else recipe.resolve_path(text)
 
 
-def _open_folder(recipe: Recipe, folder: Path, *, resume: bool, overwrite: bool) -> Path | None:
-    """Claim the output folder, write down what is run, and find the checkpoint to go on from."""
-    settings = recipe.resolved()
-    found = files.latest(folder / "checkpoints") if resume else None
+def _find_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
+    """The checkpoint to go on from; None if the folder has none."""
+    found = files.latest(folder / "checkpoints")
     if found is not None:
-        folders.check_same_run(folder / "recipe.resolved.json", settings)
+        folders.check_same_run(folder / "recipe.resolved.json", recipe.resolved())
         logger.info("going on from %s", found)
-    elif resume:
+    else:
         logger.info("no checkpoint in %s: starting from the beginning", folder)
+    return found
+
+
+def _open_folder(
+    recipe: Recipe,
+    folder: Path,
+    found: Path | None,
+    calibrations: Sequence[Calibration],
+    *,
+    overwrite: bool,
+) -> None:
+    """Claim the output folder, and write down what is run and the text that it was calibrated on."""
     folders.claim(folder, overwrite=overwrite)
     step = files.step_of(found) if found is not None else 0
     for name in ("metrics.jsonl", "statistics.jsonl"):
         cut_log(folder / name, step)
-    atomic_write_json(folder / "recipe.resolved.json", settings)
+    atomic_write_json(folder / "recipe.resolved.json", recipe.resolved())
     about = {**environment.describe_environment(), "seed": recipe.training.seed}
     atomic_write_json(folder / "environment.json", about)
-    return found
+    for calibration in calibrations:
+        calibration.save(folder / "calibration.jsonl")
 
 
 def _make_trainer(
@@ -142,18 +155,25 @@ def _make_trainer(
     arguments: SFTConfig,
     settings: dict[str, Any] | None,
     data: tuple[Dataset, Dataset | None],
-    resumed: Checkpoint | None,
+    found: Path | None,
+    *,
+    overwrite: bool,
 ) -> Trainer:
+    """Build the model, open the folder and put both into a Trainer that goes on from `found`."""
     checkpoints = folder / "checkpoints"
-    factors = files.read_factors(checkpoints) if resumed is not None else None
+    resumed = files.read(found) if found is not None else None
+    calibrations: list[Calibration] = []
     model, tokenizer = build_model(
         recipe,
         device=arguments.device,
         sharded=settings is not None,
-        calibration_file=folder / "calibration.jsonl",
-        factors=factors,
+        on_calibration=calibrations.append,
+        factors=files.read_factors(checkpoints) if resumed is not None else None,
     )
     logger.info("%s", describe_adapter(model, recipe))
+    # Only now is an earlier run deleted: what the recipe asks for fits the backbone.
+    on_main(lambda: _open_folder(recipe, folder, found, calibrations, overwrite=overwrite))
+    calibrations.clear()  # the factors are in the model
     trainer = Trainer(
         model,
         arguments,

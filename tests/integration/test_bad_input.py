@@ -254,6 +254,7 @@ def test_overwrite_deletes_nothing_when_the_new_run_cannot_start(
     before = _contents(tmp_path / "run")
     (toy / "odd.jsonl").write_text("not JSON\n")
     assert "odd.jsonl:1" in refused("train", recipe(data__sources=[{"path": "odd.jsonl"}]), "--overwrite")
+    assert "cur_rank is 100000" in refused("train", recipe(adapter__cur_rank=100000), "--overwrite")
     after = _contents(tmp_path / "run")
     assert {name for name in before if after.get(name) != before[name]} == set()
 
