@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -14,6 +11,7 @@ from secura_ds import sharding
 from secura_ds.adapter.config import SecuraConfig, by_layer
 from secura_ds.adapter.layer import Linear, SecuraLayer
 from secura_ds.adapter.loading import load_folded_weights, refuse_foreign_base
+from secura_ds.adapter.saving import quantization_record
 from secura_ds.errors import UserError
 
 
@@ -140,17 +138,8 @@ def _record_quantization(config: SecuraConfig, model: nn.Module) -> None:
     """Note in the config what the adapter was trained against, for the merge on disk."""
     if config.factors_saved or config.quantized_modules is not None:
         return
-    given: Any = getattr(getattr(model, "config", None), "quantization_config", None)
-    settings = given.to_dict() if hasattr(given, "to_dict") else given
-    config.base_quantization = {
-        k: _json(v) for k, v in (settings or {"quant_method": "bitsandbytes"}).items()
-    }
-    config.quantized_modules = [
-        name.replace(".base_layer", "")
-        for name, module in model.named_modules()
-        if sharding.is_quantized(module)
-    ]
-
-
-def _json(value: Any) -> Any:
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    record = quantization_record(model)
+    config.base_quantization, config.quantized_modules = (
+        record["base_quantization"],
+        record["quantized_modules"],
+    )

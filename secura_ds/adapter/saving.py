@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from secura_ds.environment import is_main_process
 from secura_ds.files import atomic_write_text, save_tensors
-from secura_ds.sharding import whole
+from secura_ds.sharding import is_quantized, whole
+
+# Key in the header of the weights file under which LoRA and DoRA carry their `quantization_record`.
+QUANTIZATION_KEY = "secura_ds.quantization"
 
 
 def adapter_state(
@@ -59,8 +64,35 @@ def save_adapter(model: PeftModel, folder: Path, adapter_name: str = "default") 
     """
     state = adapter_state(model, adapter_name, main_only=True)
     if is_main_process():
-        save_tensors(Path(folder) / SAFETENSORS_WEIGHTS_NAME, state)
+        save_tensors(Path(folder) / SAFETENSORS_WEIGHTS_NAME, state, _metadata(model, adapter_name))
         atomic_write_text(Path(folder) / CONFIG_NAME, _config_text(model, adapter_name))
+
+
+def quantization_record(model: nn.Module) -> dict[str, Any]:
+    """What a merge on disk must know of a base model in 4 bits; empty for any other.
+
+    `base_quantization` is the model's quantization_config, JSON-able; `quantized_modules` names every layer
+    in 4 bits, adapted or not.
+    """
+    modules = [name.replace(".base_layer", "") for name, m in model.named_modules() if is_quantized(m)]
+    if not modules:
+        return {}
+    given: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    settings = given.to_dict() if hasattr(given, "to_dict") else given
+    settings = {k: _json(v) for k, v in (settings or {"quant_method": "bitsandbytes"}).items()}
+    return {"base_quantization": settings, "quantized_modules": modules}
+
+
+def _json(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _metadata(model: PeftModel, adapter_name: str) -> dict[str, str]:
+    # PEFT warns of keys in adapter_config.json that its own configs do not have; the header is free.
+    if hasattr(model.peft_config[adapter_name], "base_quantization"):
+        return {}
+    record = quantization_record(model.get_base_model())
+    return {QUANTIZATION_KEY: json.dumps(record)} if record else {}
 
 
 def _config_text(model: PeftModel, adapter_name: str) -> str:

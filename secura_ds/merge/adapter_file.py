@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secura_ds.adapter.saving import QUANTIZATION_KEY
 from secura_ds.errors import UserError
 from secura_ds.merge.checkpoint import StoredTensor, open_tensor_file
 from secura_ds.merge.quantization import Quantization
@@ -41,7 +42,7 @@ class AdapterFile:
 
     Attributes:
         kind: "SECURA" or "LORA" (DoRA included).
-        config: `adapter_config.json`.
+        config: `adapter_config.json`, and what a LoRA's weights file says of 4-bit training.
         modules: for every adapted module, its parts by short name ("A", "B", "columns" ...).
         replacements: whole tensors (`modules_to_save`, biases) that take the place of the base's.
         quantization: how the base was held in training, None if not quantized.
@@ -87,7 +88,9 @@ def open_adapter(folder: Path) -> AdapterFile:
         _refuse_changed_base(folder, config)
     modules: dict[str, Parts] = {}
     replacements: dict[str, StoredTensor] = {}
-    for stored in open_tensor_file(folder / WEIGHTS_NAME).tensors:
+    file = open_tensor_file(folder / WEIGHTS_NAME)
+    config |= json.loads(file.metadata.get(QUANTIZATION_KEY, "{}"))
+    for stored in file.tensors:
         name = stored.name.removeprefix(_PREFIX)
         match = _PART.fullmatch(name)
         if match:

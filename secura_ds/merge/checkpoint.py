@@ -81,6 +81,11 @@ class TensorFile:
     tensors: tuple[StoredTensor, ...]
     size: int
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The free entries of the header."""
+        return dict(json.loads(self.header[8:]).get("__metadata__") or {})
+
     def fingerprint(self) -> list[object]:
         """Size, time of change and header hash: enough to notice that the file was replaced."""
         return [self.size, self.path.stat().st_mtime_ns, hashlib.sha256(self.header).hexdigest()]

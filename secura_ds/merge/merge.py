@@ -111,7 +111,8 @@ def merge(
         adapter: folder of a SECURA, LoRA or DoRA adapter.
         out: the folder to make.
         onto: what a 4-bit trained adapter is added to: "trained", the dequantized weights training saw (which
-            then replace the unadapted quantized weights too), or "original", the base's own.
+            then replace the unadapted quantized weights too), or "original", the base's own. A LoRA or DoRA
+            saved by PEFT, not `save_adapter`, does not tell how it was trained: it goes onto the base's own.
         check: load strictly from headers, and measure the gap of the logits where memory allows.
         overwrite: replace `out` if it exists.
         progress: show a bar.
