@@ -43,7 +43,8 @@ def capture(trainer: Trainer) -> Checkpoint:
             trained[name] = value.to("cpu", copy=True)
     if broken:
         raise UserError(
-            f"{len(broken)} trained parameters are not finite, the first is {broken[0]}; nothing was saved"
+            f"{len(broken)} trained parameters are not finite, the first is {broken[0]}; nothing was "
+            "saved, so the earlier checkpoint stays: try a lower training.learning_rate"
         )
     trained.update((n, u.detach().to("cpu", copy=True)) for n, u in accumulators(model).items() if u.any())
     folded = _folded(model)

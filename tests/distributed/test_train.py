@@ -60,6 +60,7 @@ def one_process(toy: Path) -> Path:
         "lora": [LORA],
         "calibrated": ["adapter.selection=calibrated", "adapter.calibration.num_tokens=320"],
         "nf4": ["backbone.dtype=bfloat16", "backbone.quantization.kind=nf4"],
+        "validated": ["data.validation_fraction=0.25", "training.eval_steps=3"],
     }.items():
         train(load_recipe(toy, [f"training.output_dir={folder / name}", "training.save_steps=4", *options]))
     return folder
@@ -74,6 +75,7 @@ def one_process(toy: Path) -> Path:
         ("M1", "M1"),
         ("lora", "lora"),
         ("calibrated", "calibrated"),
+        ("validated", "validated"),
         ("checkpointing", "plain"),
         ("checkpointing-forward", "forward"),
         ("reentrant", "plain"),
@@ -88,6 +90,18 @@ def test_two_ranks_train_as_one_process_does(
     assert together.keys() == single.keys()
     for key, value in single.items():
         assert torch.allclose(together[key].float(), value.float(), rtol=1e-3, atol=1e-4), key
+
+
+def test_validation_during_training_is_the_same_on_two_ranks(
+    toy: Path, two_ranks: dict[str, object], one_process: Path
+) -> None:
+    """Of an odd number of batches one rank has more than the other: it must neither hang nor count twice."""
+    together, alone = (
+        {line["step"]: line["eval_loss"] for line in lines(folder / "metrics.jsonl") if "eval_loss" in line}
+        for folder in (toy.parent / "validated", one_process / "validated")
+    )
+    assert list(together) == [3, 6, 7]
+    assert together == pytest.approx(alone, rel=2e-5)
 
 
 def test_two_ranks_train_on_4_bit_weights(toy: Path, two_ranks: dict[str, object], one_process: Path) -> None:

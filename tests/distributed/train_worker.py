@@ -30,6 +30,7 @@ CASES: dict[str, list[str]] = {
     "nf4": ["backbone.dtype=bfloat16", "backbone.quantization.kind=nf4"],
     "checkpointing": ["training.gradient_checkpointing=true"],
     "checkpointing-forward": ["training.gradient_checkpointing=true", "adapter.smagnorm.apply=forward"],
+    "validated": ["data.validation_fraction=0.25", "training.eval_steps=3"],
     "calibrated": ["adapter.selection=calibrated", "adapter.calibration.num_tokens=320"],
 }
 RESUMED = ("zero3", "zero2", "M1", "bf16")
