@@ -36,11 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = load_recipe(options.recipe, options.set)
     if options.show_examples is not None:
         return _show(recipe, options.show_examples)
-    summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
+    try:
+        summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
+    finally:
+        # Its threads would abort a process that ends without this, after an error too.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     if is_main_process():
         print(_account(recipe, summary))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     return 0 if summary.signal is None else 128 + summary.signal
 
 

@@ -59,6 +59,8 @@ def main(base: Path, out: Path) -> None:
     except UserError as error:
         (out / f"{rank}.error").write_text(str(error))
     del alive
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

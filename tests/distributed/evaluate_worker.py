@@ -30,6 +30,7 @@ def main(folder: Path) -> None:
     del keep_alive
     (folder / f"found-{dist.get_rank()}.json").write_text(json.dumps(document))
     dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

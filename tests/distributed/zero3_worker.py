@@ -250,6 +250,8 @@ def main() -> None:
     }
     if dist.get_rank() == 0:
         arguments.out.write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
