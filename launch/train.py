@@ -74,9 +74,8 @@ def _quiet() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("secura_ds").setLevel(level)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # between the libraries, nothing to be done here
+    # Libraries tell each other what will change; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     if not is_main_process():
         transformers.utils.logging.disable_progress_bar()
 

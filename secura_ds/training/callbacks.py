@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from secura_ds.adapter import fold, layer_statistics
 from secura_ds.environment import is_main_process
+from secura_ds.files import atomic_write_text
 from secura_ds.training.ranks import total
 from secura_ds.training.trainer import Trainer
 
@@ -234,7 +235,7 @@ def cut_log(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    atomic_write_text(path, "".join(kept))
 
 
 def memory_in_use() -> int:
