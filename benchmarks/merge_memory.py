@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from secura_ds import SecuraConfig
+from secura_ds.checkpoint_files import open_checkpoint
 from secura_ds.files import atomic_write_json
 from secura_ds.merge import merge
-from secura_ds.merge.checkpoint import open_checkpoint
 from secura_ds.merge.memory import PeakMemory
 from secura_ds.method import cabr, cur
 

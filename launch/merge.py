@@ -13,9 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import secura_ds  # noqa: F401 - registers our adapter with PEFT
+from secura_ds.backbones import resolve_base
 from secura_ds.errors import run_command
 from secura_ds.files import atomic_write_json
-from secura_ds.merge import MergeReport, merge, resolve_base
+from secura_ds.merge import MergeReport, merge
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

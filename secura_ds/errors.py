@@ -32,3 +32,9 @@ def run_command(main: Callable[[Sequence[str] | None], int], arguments: Sequence
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something, else the name of its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

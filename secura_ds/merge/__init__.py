@@ -3,6 +3,6 @@
 Never holds more than one tensor and a few row blocks. Untouched tensors are copied byte for byte.
 """
 
-from secura_ds.merge.merge import MergeReport, merge, resolve_base
+from secura_ds.merge.merge import MergeReport, merge
 
-__all__ = ["MergeReport", "merge", "resolve_base"]
+__all__ = ["MergeReport", "merge"]

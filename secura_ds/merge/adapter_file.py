@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from secura_ds.adapter.saving import QUANTIZATION_KEY
+from secura_ds.checkpoint_files import StoredTensor, open_tensor_file
 from secura_ds.errors import UserError
-from secura_ds.merge.checkpoint import StoredTensor, open_tensor_file
 from secura_ds.merge.quantization import Quantization
 
 CONFIG_NAME = "adapter_config.json"

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from secura_ds.adapter import load_adapter
+from secura_ds.checkpoint_files import Checkpoint
 from secura_ds.errors import UserError
 from secura_ds.merge.adapter_file import AdapterFile
-from secura_ds.merge.checkpoint import Checkpoint
 from secura_ds.sharding import keep_exact
 
 PROBE_TEXT = (

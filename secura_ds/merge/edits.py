@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from secura_ds.adapter.config import SecuraConfig, by_layer
+from secura_ds.checkpoint_files import Checkpoint, StoredTensor
 from secura_ds.errors import UserError
 from secura_ds.merge.adapter_file import AdapterFile, Parts
-from secura_ds.merge.checkpoint import Checkpoint, StoredTensor
 from secura_ds.merge.quantization import Quantization
 from secura_ds.method import cabr
 from secura_ds.sharding import SliceUpdate, fold_slices

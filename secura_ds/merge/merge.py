@@ -10,16 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import huggingface_hub
-from huggingface_hub.errors import HFValidationError
 from tqdm import tqdm
 
-from secura_ds.embedded import embedded_checkpoint
-from secura_ds.errors import UserError
+from secura_ds.checkpoint_files import Checkpoint, open_checkpoint
+from secura_ds.errors import UserError, first_line
 from secura_ds.files import atomic_write_json, explained, swap_folder
 from secura_ds.merge.adapter_file import AdapterFile, open_adapter
 from secura_ds.merge.check import LogitGap, check_strict_load, logit_gap
-from secura_ds.merge.checkpoint import Checkpoint, open_checkpoint
 from secura_ds.merge.edits import Edit, plan_edits
 from secura_ds.merge.memory import PeakMemory
 from secura_ds.merge.work import WorkFolder
@@ -27,8 +24,6 @@ from secura_ds.merge.work import WorkFolder
 Onto = Literal["trained", "original"]
 
 REPORT_NAME = "merge.json"
-_EMBEDDED = "embedded:"
-_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
 
 
 @dataclass(frozen=True)
@@ -62,33 +57,6 @@ class MergeReport:
     max_logit_gap: float | None
     kl: float | None
     check_skipped: str | None
-
-
-def resolve_base(base: str, revision: str | None = None) -> Path:
-    """The folder of a base named by its path, by `embedded:<name>` or by a hub id (fetched if not cached).
-
-    `revision` is a branch, tag or commit on the hub.
-
-    Raises:
-        UserError: it is none of these, or cannot be fetched.
-    """
-    if base.startswith(_EMBEDDED):
-        return embedded_checkpoint(base.removeprefix(_EMBEDDED))
-    if Path(base).is_dir():
-        return Path(base)
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(base, revision=revision, ignore_patterns=_OTHER_WEIGHTS)
-        )
-    except (HFValidationError, OSError) as error:
-        raise UserError(
-            f"base is {base}: no such folder, and the hub does not give it ({_first_line(error)}); "
-            "give a checkpoint's folder, a hub id or embedded:smollm2-135m"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def merge(
@@ -196,7 +164,7 @@ def _require_plain(base: Checkpoint, adapter: AdapterFile) -> None:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({_first_line(error)}); copy the checkpoint again") from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}); copy the checkpoint again") from error
     if "quantization_config" in config:
         raise UserError(f"{base.folder} is itself quantized: give the 16-bit checkpoint it was made from")
     tied = "lm_head.weight" not in base.tensors and not adapter.config.get("ensure_weight_tying")

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 
 import torch
 
+from secura_ds.checkpoint_files import INDEX_NAME, Checkpoint, StoredTensor, TensorFile, open_tensor_file
 from secura_ds.errors import UserError
 from secura_ds.files import atomic_write_json
 from secura_ds.merge.adapter_file import AdapterFile
-from secura_ds.merge.checkpoint import INDEX_NAME, Checkpoint, StoredTensor, TensorFile, open_tensor_file
 from secura_ds.merge.edits import Edit
 from secura_ds.method.cabr import row_blocks
 

@@ -150,10 +150,18 @@ class TrainingRecipe(Section):
     """Weight decay of the trained parameters."""
     max_grad_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm."""
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_8bit", "adafactor"] = "adamw_torch"
+    optimizer: Literal[
+        "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor"
+    ] = "adamw_torch"
     """Optimizer, by its name in transformers."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offloading: bool = False
+    """Keep activations in host memory between the forward and the backward pass: less GPU memory, slower."""
+    memory_check: Literal["refuse", "warn", "off"] = "refuse"
+    """What happens before anything is loaded if the plan says that the run does not fit."""
+    save_merged: bool = False
+    """Also write the merged checkpoint, `merged/` in the output folder, when training ends."""
     seed: Seed = 0
     """Seed of the adapter and of the order of examples."""
     logging_steps: PositiveInt = 10

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from secura_ds.checkpoint_files import open_checkpoint
 from secura_ds.merge import MergeReport, merge
-from secura_ds.merge.checkpoint import open_checkpoint
 from secura_ds.method import cabr, cur
 from secura_ds.method.smagnorm import s_magnorm
 

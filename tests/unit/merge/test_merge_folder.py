@@ -21,9 +21,9 @@ from merge_toys import (
     raw,
 )
 
+from secura_ds.checkpoint_files import open_checkpoint
 from secura_ds.errors import UserError
 from secura_ds.merge import work as work_module
-from secura_ds.merge.checkpoint import open_checkpoint
 
 
 def test_untouched_tensors_and_headers_are_the_bases_bytes(base: Path, adapter: Path, tmp_path: Path) -> None:

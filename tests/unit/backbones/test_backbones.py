@@ -92,7 +92,7 @@ def test_no_token_left_for_padding_is_an_error() -> None:
 
 
 def test_attention_follows_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secura_ds.backbones.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("secura_ds.backbones.family.is_flash_attn_2_available", lambda: False)
     assert choose_attention(LlamaConfig(**TOY))[0] == "sdpa"
     kernel, reason = choose_attention(Gemma2Config(**TOY))
     assert kernel == "eager" and "no sdpa: gemma2 does not support it" in reason
@@ -103,7 +103,7 @@ def test_attention_follows_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="the package flash-attn or a GPU is missing"):
         choose_attention(LlamaConfig(**TOY), "flash_attention_2")
 
-    monkeypatch.setattr("secura_ds.backbones.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr("secura_ds.backbones.family.is_flash_attn_2_available", lambda: True)
     assert choose_attention(Gemma2Config(**TOY))[0] == "flash_attention_2"
     assert choose_attention(Qwen2Config(**TOY), dtype="float32")[0] == "sdpa"
     assert choose_attention(Qwen2Config(**TOY), "eager") == ("eager", "as the recipe says")

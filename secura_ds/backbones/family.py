@@ -1,31 +1,15 @@
-"""What is particular to a model family, and loading a backbone and its tokenizer from a recipe."""
+"""What is particular to a model family: targets, padding, attention, heads tied to the embeddings."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
-from secura_ds.embedded import embedded_checkpoint
 from secura_ds.errors import UserError
-from secura_ds.recipe import BackboneRecipe, LoraAdapter, SecuraAdapter
-from secura_ds.sharding import keep_exact
-
-logger = logging.getLogger(__name__)
+from secura_ds.recipe import LoraAdapter, SecuraAdapter
 
 
 @dataclass(frozen=True)
@@ -48,42 +32,6 @@ FAMILIES = {
 }
 ADDED_PAD_TOKEN = "<|pad|>"
 HEAD_MODULES = ("lm_head", "embed_tokens")
-
-
-def checkpoint_of(backbone: BackboneRecipe) -> str:
-    """Hub id or folder of a backbone; the embedded one is converted on the first call."""
-    if backbone.model.startswith("embedded:"):
-        return str(embedded_checkpoint(backbone.model.removeprefix("embedded:")))
-    return backbone.model
-
-
-def load_config(backbone: BackboneRecipe) -> PreTrainedConfig:
-    """The backbone's configuration, without its weights.
-
-    Raises:
-        UserError: there is no such model, or no access to it.
-    """
-    source = checkpoint_of(backbone)
-    try:
-        return AutoConfig.from_pretrained(source, revision=backbone.revision)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(backbone, error) from error
-
-
-def load_tokenizer(backbone: BackboneRecipe) -> PreTrainedTokenizerBase:
-    """The backbone's tokenizer with its own chat template, padding right with a token that never ends a text.
-
-    Raises:
-        UserError: there is no such tokenizer, or no token is left for padding.
-    """
-    config = load_config(backbone)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint_of(backbone), revision=backbone.revision)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(backbone, error) from error
-    choose_pad_token(tokenizer, config)
-    tokenizer.padding_side = "right"
-    return tokenizer
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
@@ -165,60 +113,3 @@ def check_targets(config: PreTrainedConfig, adapter: SecuraAdapter | LoraAdapter
             "or part them when merging; leave it out"
         )
     return targets
-
-
-def load_model(backbone: BackboneRecipe, *, attention: str | None = None) -> PreTrainedModel:
-    """The backbone's model, on the CPU or, 4-bit, on this process's GPU.
-
-    Where a ZeRO-3 configuration is alive, weights are partitioned while they load; 4-bit ones load whole on
-    every rank, and DeepSpeed partitions them later.
-
-    Args:
-        attention: another choice than `backbone.attention`.
-
-    Raises:
-        UserError: no such model or no access, damaged or incomplete weights, or an unusable attention kernel.
-    """
-    config = load_config(backbone)
-    kernel, reason = choose_attention(config, attention or backbone.attention, dtype=backbone.dtype)
-    logger.info("attention of %s: %s (%s)", backbone.model, kernel, reason)
-    dtype = getattr(torch, backbone.dtype)
-    options: dict[str, Any] = {}
-    if backbone.quantization is not None:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=backbone.quantization.kind,
-            bnb_4bit_use_double_quant=backbone.quantization.double_quantization,
-            bnb_4bit_compute_dtype=dtype,
-            # Packed bytes seen as compute-type numbers: ZeRO-3 flattens all weights of a group into one type.
-            bnb_4bit_quant_storage=dtype,
-        )
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            checkpoint_of(backbone),
-            revision=backbone.revision,
-            config=config,
-            dtype=dtype,
-            attn_implementation=kernel,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise _cannot_load(backbone, error) from error
-    if missing := sorted(loading["missing_keys"]):
-        raise UserError(
-            f"the checkpoint {backbone.model} lacks {len(missing)} weights, the first is {missing[0]}: "
-            "it is incomplete or belongs to another architecture"
-        )
-    keep_exact(model)
-    return model
-
-
-def _cannot_load(backbone: BackboneRecipe, error: Exception) -> UserError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
-    revision = f" at revision {backbone.revision}" if backbone.revision else ""
-    return UserError(
-        f"backbone.model {backbone.model}{revision} cannot be loaded ({reason}); check the name, the network "
-        "and, for a gated model, `hf auth login` and its licence page"
-    )

@@ -1,0 +1,31 @@
+"""Model families and their checkpoints: what is particular to each, and loading them."""
+
+from secura_ds.backbones.family import (
+    FAMILIES,
+    HEAD_MODULES,
+    Family,
+    check_targets,
+    choose_attention,
+    choose_pad_token,
+)
+from secura_ds.backbones.loading import (
+    checkpoint_of,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_base,
+)
+
+__all__ = [
+    "FAMILIES",
+    "HEAD_MODULES",
+    "Family",
+    "check_targets",
+    "checkpoint_of",
+    "choose_attention",
+    "choose_pad_token",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "resolve_base",
+]

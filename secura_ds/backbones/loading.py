@@ -1,0 +1,146 @@
+"""Loading a backbone: its configuration, its tokenizer and its weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from secura_ds.backbones.family import choose_attention, choose_pad_token
+from secura_ds.embedded import embedded_checkpoint
+from secura_ds.errors import UserError, first_line
+from secura_ds.recipe import BackboneRecipe
+from secura_ds.sharding import keep_exact
+
+logger = logging.getLogger(__name__)
+
+_EMBEDDED = "embedded:"
+_OTHER_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot"]
+
+
+def checkpoint_of(backbone: BackboneRecipe) -> str:
+    """Hub id or folder of a backbone; the embedded one is converted on the first call."""
+    if backbone.model.startswith(_EMBEDDED):
+        return str(embedded_checkpoint(backbone.model.removeprefix(_EMBEDDED)))
+    return backbone.model
+
+
+def resolve_base(base: str, revision: str | None = None) -> Path:
+    """The folder of a base named by its path, by `embedded:<name>` or by a hub id (fetched if not cached).
+
+    `revision` is a branch, tag or commit on the hub.
+
+    Raises:
+        UserError: it is none of these, or cannot be fetched.
+    """
+    if base.startswith(_EMBEDDED):
+        return embedded_checkpoint(base.removeprefix(_EMBEDDED))
+    if Path(base).is_dir():
+        return Path(base)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(base, revision=revision, ignore_patterns=_OTHER_WEIGHTS)
+        )
+    except (HFValidationError, OSError) as error:
+        raise UserError(
+            f"base is {base}: no such folder, and the hub does not give it ({first_line(error)}); "
+            "give a checkpoint's folder, a hub id or embedded:smollm2-135m"
+        ) from error
+
+
+def load_config(backbone: BackboneRecipe) -> PreTrainedConfig:
+    """The backbone's configuration, without its weights.
+
+    Raises:
+        UserError: there is no such model, or no access to it.
+    """
+    source = checkpoint_of(backbone)
+    try:
+        return AutoConfig.from_pretrained(source, revision=backbone.revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(backbone, error) from error
+
+
+def load_tokenizer(backbone: BackboneRecipe) -> PreTrainedTokenizerBase:
+    """The backbone's tokenizer with its own chat template, padding right with a token that never ends a text.
+
+    Raises:
+        UserError: there is no such tokenizer, or no token is left for padding.
+    """
+    config = load_config(backbone)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint_of(backbone), revision=backbone.revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(backbone, error) from error
+    choose_pad_token(tokenizer, config)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(backbone: BackboneRecipe, *, attention: str | None = None) -> PreTrainedModel:
+    """The backbone's model, on the CPU or, 4-bit, on this process's GPU.
+
+    Where a ZeRO-3 configuration is alive, weights are partitioned while they load; 4-bit ones load whole on
+    every rank, and DeepSpeed partitions them later.
+
+    Args:
+        attention: another choice than `backbone.attention`.
+
+    Raises:
+        UserError: no such model or no access, damaged or incomplete weights, or an unusable attention kernel.
+    """
+    config = load_config(backbone)
+    kernel, reason = choose_attention(config, attention or backbone.attention, dtype=backbone.dtype)
+    logger.info("attention of %s: %s (%s)", backbone.model, kernel, reason)
+    dtype = getattr(torch, backbone.dtype)
+    options: dict[str, Any] = {}
+    if backbone.quantization is not None:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=backbone.quantization.kind,
+            bnb_4bit_use_double_quant=backbone.quantization.double_quantization,
+            bnb_4bit_compute_dtype=dtype,
+            # Packed bytes seen as compute-type numbers: ZeRO-3 flattens all weights of a group into one type.
+            bnb_4bit_quant_storage=dtype,
+        )
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            checkpoint_of(backbone),
+            revision=backbone.revision,
+            config=config,
+            dtype=dtype,
+            attn_implementation=kernel,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise _cannot_load(backbone, error) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"the checkpoint {backbone.model} lacks {len(missing)} weights, the first is {missing[0]}: "
+            "it is incomplete or belongs to another architecture"
+        )
+    keep_exact(model)
+    return model
+
+
+def _cannot_load(backbone: BackboneRecipe, error: Exception) -> UserError:
+    revision = f" at revision {backbone.revision}" if backbone.revision else ""
+    return UserError(
+        f"backbone.model {backbone.model}{revision} cannot be loaded ({first_line(error)}); check the name, "
+        "the network and, for a gated model, `hf auth login` and its licence page"
+    )
