@@ -101,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--backbones", type=Path, nargs="+")
     parser.add_argument("--broken", type=Path)
+    parser.add_argument("--renamed", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
@@ -111,6 +112,7 @@ def main() -> None:
     for folder in arguments.backbones:
         for nf4 in (False, True):
             found[f"{folder.name}, {'nf4' if nf4 else 'bf16'}"] = check(folder, nf4=nf4)
+    found["renamed"] = check(arguments.renamed, nf4=False)["equal"]
     alive = HfDeepSpeedConfig(SETTINGS)
     try:
         load_model(recipe_of(str(arguments.broken)))

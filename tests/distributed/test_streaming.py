@@ -40,13 +40,21 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     for name, shape in BACKBONES.items():
         toys.toy_llama(**shape).to(torch.bfloat16).save_pretrained(root / name)
     toys.toy_llama().save_pretrained(root / "broken")
+    toys.toy_llama(tie_word_embeddings=True).to(torch.bfloat16).model.save_pretrained(root / "renamed")
     tensors = load_file(root / "broken" / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, root / "broken" / "model.safetensors", {"format": "pt"})
     out = root / "found.json"
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2"]
     command += ["--master_port", str(free_port()), worker.__file__, "--out", str(out)]
-    command += ["--broken", str(root / "broken"), "--backbones", *(str(root / name) for name in BACKBONES)]
+    command += [
+        "--broken",
+        str(root / "broken"),
+        "--renamed",
+        str(root / "renamed"),
+        "--backbones",
+        *(str(root / name) for name in BACKBONES),
+    ]
     run = subprocess.run(command, env=quiet_environment(), capture_output=True, text=True, timeout=560)
     assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
     ranks: list[dict[str, Any]] = json.loads(out.read_text())
@@ -87,3 +95,7 @@ def test_loading_never_holds_the_model(found: list[dict[str, Any]], kind: str) -
 def test_an_incomplete_checkpoint_is_named(found: list[dict[str, Any]]) -> None:
     for rank in found:
         assert "lacks 1 weights, the first is model.norm.weight" in rank["broken"]
+
+
+def test_names_that_only_transformers_can_convert_still_load(found: list[dict[str, Any]]) -> None:
+    assert all(rank["renamed"] for rank in found)
