@@ -165,28 +165,36 @@ def _load_slices(
 
     None if the files name their tensors otherwise than the model does: transformers knows how to convert.
     """
-    dtype = getattr(torch, backbone.dtype)
-    # Under ZeRO-3 transformers would build whole, random weights; parameters here have no memory at all.
-    with set_quantized_state(), no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=kernel)
-    model.tie_weights()
+    model = empty_model(config, dtype=getattr(torch, backbone.dtype), attention=kernel)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if shapes != {name: stored[name].shape for name in shapes if name in stored}:
         logger.warning("%s is loaded by transformers, 4-bit weights whole on every rank", backbone.model)
         return None
-    quantizer = None
     if backbone.quantization is not None:
-        quantizer = AutoHfQuantizer.from_config(quantization_config(backbone), pre_quantized=False)
-        quantizer.preprocess_model(model=model, device_map=None)
+        replace_linear(model, quantization_config(backbone))
     load_slices(model, lambda name: stored[name].read(), deepspeed_config(), _progress)
-    if quantizer is not None:
-        model.hf_quantizer = quantizer
-        quantizer.postprocess_model(model)
     if model.can_generate():
         with suppress(OSError):
             folder = checkpoint_of(backbone)
             model.generation_config = GenerationConfig.from_pretrained(folder, revision=backbone.revision)
+    return model
+
+
+def empty_model(config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """A model whose parameters are on the meta device and whose buffers are real, in evaluation mode."""
+    # Under ZeRO-3 transformers would build whole, random weights.
+    with set_quantized_state(), no_init_weights(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.tie_weights()
     return model.eval()
+
+
+def replace_linear(model: PreTrainedModel, quantization: BitsAndBytesConfig) -> None:
+    """Put empty 4-bit layers in the place of an empty model's linear ones, its head excepted."""
+    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map=None)
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
 
 
 def quantization_config(backbone: BackboneRecipe) -> BitsAndBytesConfig:

@@ -8,7 +8,7 @@ more than its slices, the 4-bit constants and the tensor at hand, in device or h
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -27,8 +27,6 @@ def load_slices(
 ) -> None:
     """Give every parameter of a model on the meta device its weight, each rank its slice. Collective.
 
-    Parameters that several modules share are read once and stay shared. Buffers are left alone.
-
     Args:
         model: parameters on the meta device, 4-bit layers already in place of linear ones.
         read: returns the whole tensor of a parameter's name, on the CPU, in memory of its own.
@@ -38,7 +36,28 @@ def load_slices(
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero import Init
 
-    device = torch.device(get_accelerator().current_device_name())
+    for parameter in load_parameters(
+        model, read, torch.device(get_accelerator().current_device_name()), progress
+    ):
+        Init(module=nn.ParameterList([parameter]), config_dict_or_path=settings)
+        del parameter
+        _return_freed_memory()
+
+
+def load_parameters(
+    model: nn.Module,
+    read: Callable[[str], Tensor],
+    device: torch.device,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Iterator[Parameter]:
+    """Put real, frozen parameters in the place of those on the meta device, and yield each once it is there.
+
+    Parameters that several modules share are read once and stay shared. Buffers are left alone.
+
+    Args:
+        model, read, progress: as in `load_slices`; what `read` returns may be on any device.
+        device: where the parameters go; 4-bit ones are quantized there.
+    """
     owners: dict[Parameter, list[tuple[nn.Module, str]]] = {}
     names: dict[Parameter, str] = {}
     for prefix, module in model.named_modules():
@@ -46,8 +65,8 @@ def load_slices(
             owners.setdefault(parameter, []).append((module, name))
             names.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
     for parameter, places in progress(list(owners.items())):
-        value = read(names[parameter])
         module = places[0][0]
+        value = read(names[parameter])
         if is_quantized(module) and parameter is module.weight:
             loaded = quantized_parameter(module, value.to(compute_dtype(module)), device)
         else:
@@ -55,9 +74,8 @@ def load_slices(
         del value
         for owner, attribute in places:
             setattr(owner, attribute, loaded)
-        Init(module=nn.ParameterList([loaded]), config_dict_or_path=settings)
+        yield loaded
         del loaded
-        _return_freed_memory()
 
 
 def _return_freed_memory() -> None:
