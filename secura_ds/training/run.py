@@ -46,6 +46,7 @@ from secura_ds.training.callbacks import (
 from secura_ds.training.model import build_model, describe_adapter, frozen_factors, trainable
 from secura_ds.training.ranks import on_main
 from secura_ds.training.trainer import Trainer
+from secura_ds.training.watch import watching
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,21 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
     folder = Path(recipe.training.output_dir).absolute()
     settings = preflight.deepspeed_settings(recipe)
     arguments = make_arguments(recipe, folder, settings)
+    with watching():
+        return _train(recipe, folder, settings, arguments, began, resume=resume, overwrite=overwrite)
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    settings: dict[str, Any] | None,
+    arguments: SFTConfig,
+    began: float,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> RunSummary:
+    """`train`, once the ranks are connected."""
     preflight.limit_threads()
     text = _calibration_text(recipe)
     on_main(lambda: folders.check(folder, resume=resume, overwrite=overwrite, reads=text))
