@@ -71,6 +71,8 @@ class SecuraLayer(BaseTunerLayer):
     ) -> None:
         """Create the state of one adapter: chosen from the base weight, or empty if saved weights follow.
 
+        On the meta device there is no weight to choose from: the state then has shapes only, too.
+
         Raises:
             UserError: a rank too large for this layer, M1 on a 4-bit layer, or factors that cannot learn.
         """
@@ -80,7 +82,7 @@ class SecuraLayer(BaseTunerLayer):
                 f"strategy is 'M1', but {self.layer_name} is a 4-bit layer: an update smaller than a "
                 "quantization step would vanish when it is folded into the weight; use strategy 'M2'"
             )
-        make = empty_factors if config.factors_saved else choose_factors
+        make = empty_factors if config.factors_saved or base.weight.is_meta else choose_factors
         factors = make(base, self.layer_name, cur_rank, inner_rank, config)
         self._store(adapter_name, factors, sharded=sharding.is_sharded(base.weight))
         self.configs[adapter_name] = config

@@ -15,6 +15,7 @@ from secura_ds.backbones.loading import (
     load_tokenizer,
     resolve_base,
 )
+from secura_ds.backbones.shipped import shipped_config, shipped_models
 
 __all__ = [
     "FAMILIES",
@@ -28,4 +29,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "resolve_base",
+    "shipped_config",
+    "shipped_models",
 ]
