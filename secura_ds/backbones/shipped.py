@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 
 def shipped_config(model: str) -> PreTrainedConfig | None:
-    """The configuration that the hub publishes for `model`, a hub id; None for a model that is not shipped."""
+    """What the hub publishes as the configuration of `model`, a hub id; None if it is not shipped."""
     facts = _facts().get(model)
     if facts is None:
         return None
