@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from secura_ds import save_adapter
 from secura_ds.backbones import check_targets, load_model
+from secura_ds.evaluation.task import end_tokens
 from secura_ds.merge import merge
 from secura_ds.recipe import Recipe, SecuraAdapter, load_recipe
+from secura_ds.sharding import is_quantized
 from secura_ds.training.model import build_model
 
 FILES = sorted(
@@ -93,7 +95,13 @@ def test_recipe_trains_and_merges_on_a_toy(path: Path, toys: dict[str, Path], tm
     adapted, tokenizer = build_model(recipe)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     tokens = tokens_of(tokenizer)
-    before = logits_of(load_model(recipe.backbone), tokens)
+    plain = load_model(recipe.backbone)
+    linear = {name: module for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
+    four_bit = {name for name, module in linear.items() if is_quantized(module)}
+    assert four_bit == (set(linear) - {"lm_head"} if recipe.backbone.quantization is not None else set())
+    ends = {tokenizer.convert_tokens_to_ids(BACKBONES[family].end_of_turn), tokenizer.eos_token_id}
+    assert set(end_tokens(plain, tokenizer)) == ends
+    before = logits_of(plain, tokens)
     assert torch.equal(logits_of(adapted, tokens), before)
     losses = _train_two_steps(adapted, recipe, tokens)
     assert losses[1] < losses[0]

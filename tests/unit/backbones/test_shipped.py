@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from family_toys import BACKBONES, shrunken
 
 from secura_ds.backbones import empty_model, load_config, load_model, load_tokenizer, shipped_config
 from secura_ds.backbones.shipped import shipped_models
@@ -124,6 +125,34 @@ def test_other_models_are_not_shipped() -> None:
     assert len(shipped_models()) == 12
     assert shipped_config("Qwen/Qwen2-72B") is None
     assert shipped_config("qwen2-7b") is None
+
+
+def test_toys_differ_from_the_published_in_dimensions_only() -> None:
+    """What other tests say of a family on its toy holds for the family."""
+    dimensions = {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "query_pre_attn_scalar",
+        "max_position_embeddings",
+        "sliding_window",
+        "layer_types",
+        "initializer_range",
+    }
+    for backbone in BACKBONES.values():
+        true, toy = backbone.config.to_dict(), shrunken(backbone.config).to_dict()
+        for facts in (true, toy):
+            facts["rope_parameters"].pop("original_max_position_embeddings", None)
+            # Whether a head's dimension follows from the width.
+            head_dim = facts.get("head_dim") or facts["hidden_size"] // facts["num_attention_heads"]
+            facts["follows"] = head_dim * facts["num_attention_heads"] == facts["hidden_size"]
+            facts["kinds of layers"] = set(facts.get("layer_types") or [])
+        assert true.keys() == toy.keys()
+        assert {name for name in true if true[name] != toy[name]} <= dimensions
 
 
 class _Hub(ThreadingHTTPServer):
