@@ -96,7 +96,7 @@ def two_ranks(place: Path) -> dict[str, str]:
         env=quiet_environment(),
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=280,
     )
     assert result.is_file(), done.stdout[-4000:] + done.stderr[-4000:]
     found: dict[str, str] = json.loads(result.read_text())
