@@ -2,11 +2,10 @@
 
 from secura_ds.sharding.fold import (
     Restraint,
-    Slice,
     SliceUpdate,
     Statistics,
+    absolute_epsilons,
     fold_slices,
-    local_slice,
     slice_statistics,
 )
 from secura_ds.sharding.optimizer import load_optimizer_state, master, optimizer_state
@@ -18,6 +17,7 @@ from secura_ds.sharding.partition import (
     is_available,
     is_sharded,
     set_parameter,
+    settle,
     use_in_forward,
     whole,
     zero_,
@@ -30,12 +30,14 @@ from secura_ds.sharding.quantized import (
     requantize,
     restore_quantized,
 )
+from secura_ds.sharding.slices import Slice, local_slice
 
 __all__ = [
     "Restraint",
     "Slice",
     "SliceUpdate",
     "Statistics",
+    "absolute_epsilons",
     "assert_partitioned",
     "compute_dtype",
     "dequantized",
@@ -54,6 +56,7 @@ __all__ = [
     "requantize",
     "restore_quantized",
     "set_parameter",
+    "settle",
     "slice_statistics",
     "use_in_forward",
     "whole",

@@ -34,6 +34,20 @@ def full_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def settle(model: nn.Module) -> None:
+    """End the gathers that ZeRO-3 has begun for a pass that did not follow, such as the backward pass after
+    an evaluation, and let go of what they brought; it would be out of date once a slice is written.
+
+    `model` is, or contains, what DeepSpeed was given. Call it between steps, on every rank.
+    """
+    for module in model.modules():
+        in_flight = getattr(module, "ds_inflight_param_registry", {})
+        for parameter, handle in in_flight.items():
+            handle.wait()
+            parameter.partition()
+        in_flight.clear()
+
+
 @contextmanager
 def gathered(parameters: Parameter | Iterable[Parameter], *, writable: bool = False) -> Iterator[None]:
     """Whole parameters inside the block, slices again after it.
