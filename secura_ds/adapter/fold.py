@@ -24,7 +24,7 @@ def fold(model: nn.Module, adapter_name: str = "default") -> None:
     layers = _with_adapter(model, adapter_name)
     if not layers:
         return
-    updates = _updates(model, layers, adapter_name)
+    updates = _updates(layers, adapter_name)
     config = next(iter(layers.values())).configs[adapter_name]
     if config.strategy == "M1":
         sharding.fold_slices(updates)
@@ -47,7 +47,7 @@ def layer_statistics(model: nn.Module, adapter_name: str = "default") -> dict[st
     layers = _with_adapter(model, adapter_name)
     if not layers:
         return {}
-    updates = _updates(model, layers, adapter_name)
+    updates = _updates(layers, adapter_name)
     epsilons = sharding.absolute_epsilons(updates)
     for layer, eps in zip(layers.values(), epsilons, strict=True):
         layer.remember_eps(adapter_name, eps)
@@ -56,9 +56,8 @@ def layer_statistics(model: nn.Module, adapter_name: str = "default") -> dict[st
     return {name: statistics._asdict() for name, statistics in zip(layers, found, strict=True)}
 
 
-def _updates(model: nn.Module, layers: dict[str, Linear], adapter_name: str) -> list[sharding.SliceUpdate]:
+def _updates(layers: dict[str, Linear], adapter_name: str) -> list[sharding.SliceUpdate]:
     """The layers' updates, with A and B of all of them gathered at once."""
-    sharding.settle(model)
     trained = [p for la in layers.values() for p in (la.secura_A[adapter_name], la.secura_B[adapter_name])]
     with sharding.gathered(trained):
         return [layer.slice_update(adapter_name) for layer in layers.values()]

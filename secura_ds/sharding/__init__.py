@@ -17,7 +17,6 @@ from secura_ds.sharding.partition import (
     is_available,
     is_sharded,
     set_parameter,
-    settle,
     use_in_forward,
     whole,
     zero_,
@@ -31,6 +30,7 @@ from secura_ds.sharding.quantized import (
     restore_quantized,
 )
 from secura_ds.sharding.slices import Slice, local_slice
+from secura_ds.sharding.unsupported import refuse_unsupported
 
 __all__ = [
     "Restraint",
@@ -53,10 +53,10 @@ __all__ = [
     "local_slice",
     "master",
     "optimizer_state",
+    "refuse_unsupported",
     "requantize",
     "restore_quantized",
     "set_parameter",
-    "settle",
     "slice_statistics",
     "use_in_forward",
     "whole",

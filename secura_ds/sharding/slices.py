@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secura_ds.errors import UserError
-from secura_ds.sharding.partition import is_available, is_sharded
+from secura_ds.sharding.partition import is_available, is_sharded, settle
 from secura_ds.sharding.quantized import is_packed, packed_bytes, unpack_part
 
 
@@ -101,7 +101,7 @@ def _stored(weight: Tensor) -> Tensor:
             "weights that DeepSpeed keeps twice (zero_hpz_partition_size) or quantized "
             "(zero_quantized_nontrainable_weights) cannot be folded or measured: turn those off"
         )
-    # A gather that has begun would end with the weight as it was: `settle` ends it before.
-    assert weight.ds_status.name != "INFLIGHT", "the weight is being gathered: call settle first"
+    # A gather that has begun would end with the weight as it was.
+    settle([weight])
     values: Tensor = weight.ds_tensor.data
     return values
