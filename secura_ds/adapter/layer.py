@@ -122,7 +122,7 @@ class SecuraLayer(BaseTunerLayer):
         self._restrained = None
         self._eps.clear()
 
-    def _constants(self, adapter_name: str, weight: Tensor) -> Update:
+    def _constants(self, adapter_name: str) -> Update:
         config = self.configs[adapter_name]
         restraint = config.restraint or sharding.Restraint()
         return Update(
@@ -130,15 +130,15 @@ class SecuraLayer(BaseTunerLayer):
             self.secura_R[adapter_name],
             config.scaling,
             restraint,
-            self._absolute_eps(adapter_name, restraint, weight),
+            self._absolute_eps(adapter_name, restraint),
         )
 
-    def _absolute_eps(self, adapter_name: str, restraint: sharding.Restraint, weight: Tensor) -> float:
+    def _absolute_eps(self, adapter_name: str, restraint: sharding.Restraint) -> float:
         if restraint.eps_relative is None:
             return float(smagnorm.absolute_eps(0.0, restraint.eps, None))
         eps = self.known_eps(adapter_name)
         if eps is None:
-            mean = smagnorm.absolute_mean(weight)
+            mean = smagnorm.absolute_mean(self._read_weight())
             eps = float(smagnorm.absolute_eps(mean, None, restraint.eps_relative))
             self.remember_eps(adapter_name, eps)
         return eps
@@ -215,7 +215,7 @@ class Linear(nn.Module, SecuraLayer):
         if not self.training and not torch.is_grad_enabled() and not sharding.is_sharded(base.weight):
             weight = self._cached_weight(active[0])
             return F.linear(x.to(weight.dtype), weight, base.bias).to(x.dtype)
-        update = self._constants(active[0], base.weight)
+        update = self._constants(active[0])
         return restrained_linear(x, self._read_weight, base.bias, self.core(active[0]), update)
 
     def _read_weight(self) -> Tensor:
@@ -229,7 +229,7 @@ class Linear(nn.Module, SecuraLayer):
         if self._restrained is None or self._restrained[0] != key:
             weight = self._read_weight()
             self._restrained = None
-            update = self._constants(adapter_name, weight)
+            update = self._constants(adapter_name)
             self._restrained = key, restrained_weight(weight, self.core(adapter_name), update)[0]
         return self._restrained[1]
 

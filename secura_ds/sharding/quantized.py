@@ -76,16 +76,16 @@ def unpack_part(packed: Tensor, state: Any, start: int, low: int, high: int) -> 
     """
     import bitsandbytes as bnb
 
-    # Constants belong to blocks of elements, and a rank's part may begin within one.
+    # Constants belong to blocks of elements; what a block has on other ranks stays 0.
     size = state.blocksize
     first, last = low // size, -(-high // size)
-    held = max(first * size, start), start + 2 * packed.numel()
+    begin = max(first * size, start)
     data = torch.zeros((last - first) * size // 2, dtype=torch.uint8, device=state.absmax.device)
-    part = packed[(held[0] - start) // 2 : (min(held[1], last * size) - start) // 2]
-    at = (held[0] - first * size) // 2
-    data[at : at + len(part)] = part
+    part = packed[(begin - start) // 2 : (last * size - start) // 2]
+    data[(begin - first * size) // 2 :][: len(part)] = part
     own = bnb.functional.QuantState(
         absmax=_constants(state, first, last),
+        # One flat row: with several, bitsandbytes' CPU kernel goes astray unless blocks end where rows do.
         shape=(2 * len(data),),
         code=state.code,
         blocksize=size,
