@@ -13,12 +13,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import deepspeed
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
@@ -106,7 +108,7 @@ def check_bits(group: Any) -> dict[str, Any]:
             mid_row += sum(part.start % part.shape[1] > 0 for part in parts if part.start < part.end)
             equal[f"{precision}, {name}"] = all(
                 torch.equal(p.ds_tensor[:n], w.flatten()[part.start : part.end])
-                and torch.equal(p.ds_tensor[n:], rest)
+                and torch.equal(p.ds_tensor[n:].view(torch.uint8), rest.view(torch.uint8))
                 for p, part, w, n, rest in zip(sharded, parts, whole, padding, behind, strict=True)
             )
             equal[f"{precision}, {name}, gathered"] = all(
@@ -140,11 +142,11 @@ def start(base: str, nf4: bool = False, **zero: Any) -> tuple[Any, Any]:
     return model, engine
 
 
-def step(engine: Any, batch: Tensor, update: bool = True) -> None:
+def step(engine: Any, batch: Tensor) -> None:
+    """One step on this rank's row of `batch`."""
     own = batch[dist.get_rank()][None]
     engine.backward(engine(input_ids=own, labels=own).loss)
-    if update:
-        engine.step()
+    engine.step()
 
 
 def states(model: nn.Module) -> dict[str, int]:
@@ -154,32 +156,25 @@ def states(model: nn.Module) -> dict[str, int]:
     return {name: names.count(name) for name in ("AVAILABLE", "INFLIGHT", "NOT_AVAILABLE")}
 
 
+COPIES: dict[str, tuple[dict[str, Any], bool]] = {
+    # DeepSpeed gathers what is small again after every step; an evaluation begins a forward pass whose
+    # backward pass never comes, for which weights are kept, or are being fetched.
+    "persistent": (zero3.SOME_PERSISTENT, False),
+    "kept": ({}, True),
+    "fetched ahead": (zero3.PREFETCHING, True),
+}
+
+
 def check_copies(base: str) -> dict[str, Any]:
     """Fold while DeepSpeed keeps whole copies, for each reason it has; whether any of them is out of date."""
-    after_step = {"stage3_param_persistence_threshold": 64 * 64}
-    prefetching = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 10**6}
+    return {name: fold_with_copies(base, zero, evaluate) for name, (zero, evaluate) in COPIES.items()}
 
-    def nothing(engine: Any) -> None:
-        pass
 
-    def evaluate(engine: Any) -> None:
+def fold_with_copies(base: str, zero: dict[str, Any], evaluate: bool) -> dict[str, Any]:
+    model, engine = start(base, **zero)
+    if evaluate:
         with torch.no_grad():
             engine(input_ids=toys.tokens(1))
-
-    def backward_only(engine: Any) -> None:
-        step(engine, toys.tokens(4), update=False)
-
-    cases = {
-        "persistent": (after_step, nothing),
-        "fetched ahead": (prefetching, evaluate),
-        "still gathered": ({}, backward_only),
-    }
-    return {name: fold_with_copies(base, zero, before) for name, (zero, before) in cases.items()}
-
-
-def fold_with_copies(base: str, zero: dict[str, Any], before: Any) -> dict[str, Any]:
-    model, engine = start(base, **zero)
-    before(engine)
     layers = secura_layers(model)
     held = states(model)
     expected = {}
@@ -199,7 +194,7 @@ def fold_with_copies(base: str, zero: dict[str, Any], before: Any) -> dict[str, 
     with Traffic() as seen:
         fold(model)
     left = states(model)
-    plain = toys.toy_llama()
+    plain = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     for name, W in expected.items():
         plain.get_submodule(name).weight.data = W
     with torch.no_grad():
@@ -242,39 +237,58 @@ def check_m2(base: str) -> dict[str, Any]:
     return result
 
 
-def check_nf4(base: str) -> dict[str, Any]:
-    """4-bit slices against the whole dequantized weights; statistics of a sharded model and what they send."""
-    model, engine = start(base, nf4=True)
-    differ, mid_block = 0, 0
-    for layer in secura_layers(model).values():
-        linear = layer.get_base_layer()
-        piece = sharding.local_slice(linear.weight)
-        mid_block += piece.start % 64 > 0
-        own = piece.read(piece.start, piece.end, torch.empty(piece.end - piece.start))
-        differ += not torch.equal(
-            own, sharding.dequantized(linear).float().flatten()[piece.start : piece.end]
+def check_packed(group: Any) -> dict[str, int]:
+    """4-bit slices against the whole dequantized weights: how many differ, and begin within a block of 64."""
+    linears = []
+    for i, (rows, columns) in enumerate([(53, 192), (64, 64), (1, 128)]):
+        torch.manual_seed(i)
+        linear = bnb.nn.Linear4bit(
+            columns,
+            rows,
+            bias=False,
+            quant_type="nf4",
+            quant_storage=torch.bfloat16,
+            compute_dtype=torch.bfloat16,
         )
+        linears.append(linear.bfloat16().to("cpu"))
+    wholes = [sharding.dequantized(linear).flatten() for linear in linears]
+    module = nn.ModuleList(linears)
+    config = zero3.deepspeed_config(bf16=True)
+    deepspeed.zero.Init(
+        module=module, data_parallel_group=group, config_dict_or_path=config, dtype=torch.bfloat16
+    )
+    pieces = [sharding.local_slice(linear.weight) for linear in linears]
+    return {
+        "differ": sum(
+            not torch.equal(
+                piece.read(piece.start, piece.end, torch.empty(piece.end - piece.start)),
+                whole[piece.start : piece.end].float(),
+            )
+            for piece, whole in zip(pieces, wholes, strict=True)
+        ),
+        "mid_block": sum(piece.start % 64 > 0 for piece in pieces),
+        "elements": sum(piece.end - piece.start for piece in pieces),
+    }
+
+
+def check_nf4(base: str) -> dict[str, Any]:
+    """Statistics of a sharded 4-bit model, on every rank and in one process, and what they send."""
+    model, engine = start(base, nf4=True)
     with Traffic() as seen:
         statistics = layer_statistics(model)
-    with Traffic() as again:
-        assert layer_statistics(model) == statistics
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, statistics)
     trained = {n: sharding.master(p) for n, p in model.named_parameters() if p.requires_grad}
-    alone = get_peft_model(
-        toys.nf4_llama(base), toys.config(smagnorm={"apply": "forward", "eps_relative": 0.5})
-    )
+    settings = {"smagnorm": {"apply": "forward", "eps_relative": 0.5}}
+    alone = get_peft_model(toys.nf4_llama(base), toys.config(**settings))
     for name, parameter in alone.named_parameters():
         if parameter.requires_grad:
             parameter.data = trained[name].view(parameter.shape).bfloat16()
     result = {
-        "differ": differ,
-        "mid_block": mid_block,
         "agree": all(other == statistics for other in gathered),
         "statistics": statistics,
         "alone": layer_statistics(alone),
         "traffic": seen.seen,
-        "again": again.seen,
     }
     engine.destroy()
     return result
@@ -295,6 +309,7 @@ def main() -> None:
         "M2": check_m2(arguments.base),
         "nf4": check_nf4(arguments.base),
         "bits": {},
+        "packed": {},
         "memory": {},
     }
     # Last, for after it the ranks no longer number their parameters alike, which engines check.
@@ -302,6 +317,7 @@ def main() -> None:
     for world, group in zip(WORLDS, groups, strict=True):
         if rank < world:
             result["bits"][world] = check_bits(group)
+            result["packed"][world] = check_packed(group)
             result["memory"][world] = check_memory(group)
         dist.barrier()
     arguments.out.with_suffix(f".{rank}.json").write_text(json.dumps(result))
