@@ -15,8 +15,8 @@ from torch import Tensor
 Init = Literal["block", "orthogonal"]
 
 # Large enough for matrix products at full speed, small enough for a few blocks to stay in a CPU's cache.
-# Accelerators want few large kernels.
 BLOCK_ELEMENTS = 2**20
+# Accelerators want few large kernels.
 ACCELERATOR_BLOCK_ELEMENTS = 2**22
 
 
@@ -25,20 +25,23 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def block_height(num_columns: int, device: torch.device | None = None) -> int:
-    """Rows of a block on the grid of `row_blocks`: a power of two that depends on columns and device only."""
-    on_cpu = device is None or device.type == "cpu"
-    elements = BLOCK_ELEMENTS if on_cpu else ACCELERATOR_BLOCK_ELEMENTS
+def block_elements(device: torch.device) -> int:
+    """The most elements of a block of D where it is formed for folds."""
+    return BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
+
+
+def block_height(num_columns: int, elements: int) -> int:
+    """Rows of a block of at most that many elements: a power of two, at least 1."""
     return 1 << max(0, (elements // num_columns).bit_length() - 1)
 
 
-def row_blocks(num_rows: int, num_columns: int, device: torch.device | None = None) -> Iterator[slice]:
-    """The absolute row grid of a (num_rows, num_columns) matrix on `device` (None: a CPU).
+def row_blocks(num_rows: int, num_columns: int, elements: int | None = None) -> Iterator[slice]:
+    """The absolute row grid of a (num_rows, num_columns) matrix: blocks of at most `elements` elements.
 
-    Whoever computes whole blocks of D on this grid gets the same bits, because the matrix products see the
-    same shapes.
+    The height depends on `num_columns` and `elements` (by default those of a CPU) only. Whoever computes
+    whole blocks of D on the same grid gets the same bits, because the matrix products see the same shapes.
     """
-    height = block_height(num_columns, device)
+    height = block_height(num_columns, elements or BLOCK_ELEMENTS)
     for start in range(0, num_rows, height):
         yield slice(start, min(start + height, num_rows))
 
@@ -106,5 +109,5 @@ def update_block(
 
 def update(C: Tensor, core: Tensor, R: Tensor, scaling: float) -> Tensor:
     """The whole D, (out, in) in fp32, from the blocks of `row_blocks`."""
-    blocks = row_blocks(len(C), R.shape[1], C.device)
+    blocks = row_blocks(len(C), R.shape[1], block_elements(C.device))
     return torch.cat([update_block(C, core, R, scaling, rows) for rows in blocks])

@@ -67,11 +67,9 @@ def limiter(
 
     `ratio_max` 0 counts as L = 0 everywhere. `out` may be `ratio` itself.
     """
-    if isinstance(ratio_max, Tensor):
-        divisor: float | Tensor = torch.where(ratio_max > 0, ratio_max, 1.0)
-    else:
-        divisor = ratio_max or 1.0
-    N = torch.div(ratio, divisor, out=out).sub_(0.5).mul_(steepness)
+    largest = torch.as_tensor(ratio_max, dtype=ratio.dtype, device=ratio.device)
+    scale = steepness / torch.where(largest > 0, largest, 1.0)
+    N = torch.mul(ratio, scale, out=out).sub_(steepness / 2)
     # 2 - sigmoid(N) = 1 + 1 / (1 + exp(N)). On CPUs torch.sigmoid rounds the tail of a vectorised loop
     # differently from its body, so its bits depend on how a matrix is cut; exp's do not.
     return N.exp_().add_(1.0).reciprocal_().add_(1.0)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secura_ds.method.cabr import block_height, compute_dtype, row_blocks, update_block
+from secura_ds.method.cabr import block_elements, block_height, compute_dtype, row_blocks, update_block
 from secura_ds.method.smagnorm import Form, absolute_eps, limiter, ratio, restrain
 from secura_ds.sharding.slices import Slice, local_slice
 
@@ -156,8 +156,9 @@ class _Workspace:
     def __init__(self, layers: Sequence[_Layer]) -> None:
         example = layers[0].update
         device, dtype = example.C.device, compute_dtype(example.C, example.core, example.R)
+        self.elements = block_elements(device)
         size = max(
-            min(rows, block_height(columns, device)) * columns
+            min(rows, block_height(columns, self.elements)) * columns
             for rows, columns in (layer.piece.shape for layer in layers)
         )
         self.w, self.d, self.spare = (torch.empty(size, dtype=dtype, device=device) for _ in range(3))
@@ -178,7 +179,7 @@ def _blocks(layer: _Layer, space: _Workspace) -> Iterator[_Block]:
     update, piece = layer.update, layer.piece
     num_rows, num_columns = piece.shape
     R = update.R.to(space.d.dtype)
-    for rows in row_blocks(num_rows, num_columns, space.d.device):
+    for rows in row_blocks(num_rows, num_columns, space.elements):
         first, last = rows.start * num_columns, rows.stop * num_columns
         low, high = max(first, piece.start), min(last, piece.end)
         if low < high:
