@@ -70,8 +70,8 @@ def limiter(
     largest = torch.as_tensor(ratio_max, dtype=ratio.dtype, device=ratio.device)
     scale = steepness / torch.where(largest > 0, largest, 1.0)
     N = torch.mul(ratio, scale, out=out).sub_(steepness / 2)
-    # 2 - sigmoid(N) = 1 + 1 / (1 + exp(N)). On CPUs torch.sigmoid rounds the tail of a vectorised loop
-    # differently from its body, so its bits depend on how a matrix is cut; exp's do not.
+    # 2 - sigmoid(N) = 1 + 1 / (1 + exp(N)). On CPUs torch.sigmoid (and exp2) rounds the tail of a vectorised
+    # loop differently from its body, so its bits depend on how a matrix is cut; exp's do not.
     return N.exp_().add_(1.0).reciprocal_().add_(1.0)
 
 

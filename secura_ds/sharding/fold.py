@@ -5,7 +5,8 @@ A rank that holds elements [start, end) of the row-major weight computes, on the
 matrix products, and so the result, bit-equal for any number of ranks and any boundary between them.
 A weight that is not sharded is one slice, so plain models take the same path.
 
-Beside the slices lives one workspace for all layers: three row blocks in fp32 (W, D and M) and R in fp32.
+Beside the slices lives one workspace for all layers: a row block of D in fp32, two pieces of one for W and
+M, and R in fp32.
 """
 
 from __future__ import annotations
@@ -150,8 +151,12 @@ def _layers(updates: Sequence[SliceUpdate]) -> list[_Layer]:
     return [_Layer(u, local_slice(u.weight), eps) for u, eps in zip(updates, epsilons, strict=True)]
 
 
+# What follows the matrix product runs piece by piece, which a CPU's second-level cache should hold.
+_CPU_PIECE = 2**18
+
+
 class _Workspace:
-    """Three flat row blocks, large enough for any layer, where the adapters are: W, D and what follows."""
+    """Memory for any layer, where the adapters are: a row block of D, pieces of W and of what follows."""
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
         example = layers[0].update
@@ -161,7 +166,9 @@ class _Workspace:
             min(rows, block_height(columns, self.elements)) * columns
             for rows, columns in (layer.piece.shape for layer in layers)
         )
-        self.w, self.d, self.spare = (torch.empty(size, dtype=dtype, device=device) for _ in range(3))
+        self.d = torch.empty(size, dtype=dtype, device=device)
+        piece = min(size, _CPU_PIECE) if device.type == "cpu" else size
+        self.w, self.spare = (torch.empty(piece, dtype=dtype, device=device) for _ in range(2))
 
 
 class _Block(NamedTuple):
@@ -175,16 +182,19 @@ class _Block(NamedTuple):
 
 
 def _blocks(layer: _Layer, space: _Workspace) -> Iterator[_Block]:
-    """The blocks of the absolute grid that the slice touches, cut to the slice."""
+    """The slice and D on it in pieces, D from the blocks of the absolute grid that the slice touches."""
     update, piece = layer.update, layer.piece
     num_rows, num_columns = piece.shape
     R = update.R.to(space.d.dtype)
     for rows in row_blocks(num_rows, num_columns, space.elements):
         first, last = rows.start * num_columns, rows.stop * num_columns
-        low, high = max(first, piece.start), min(last, piece.end)
-        if low < high:
-            D = space.d[: last - first]
-            update_block(update.C, update.core, R, update.scaling, rows, out=D.view(-1, num_columns))
+        if first >= piece.end or last <= piece.start:
+            continue
+        D = space.d[: last - first]
+        update_block(update.C, update.core, R, update.scaling, rows, out=D.view(-1, num_columns))
+        end = min(last, piece.end)
+        for low in range(max(first, piece.start), end, len(space.w)):
+            high = min(low + len(space.w), end)
             w = piece.read(low, high, space.w[: high - low])
             yield _Block(low, high, w, D[low - first : high - first], space.spare[: high - low])
 

@@ -31,8 +31,10 @@ from allocated import AllocatedPeak  # noqa: E402
 from secura_ds import sharding  # noqa: E402
 from secura_ds.adapter import fold, layer_statistics, secura_layers  # noqa: E402
 from secura_ds.method import cabr  # noqa: E402
+from secura_ds.sharding import fold as folding  # noqa: E402
 
 WORLDS = (1, 2, 3, 4)
+PIECE = 5001
 # No number of ranks above 1 divides the first two; the third has fewer rows than ranks.
 SHAPES = [(1031, 517), (53, 37), (3, 1001), (7, 5)]
 RESTRAINTS = {
@@ -303,7 +305,8 @@ def main() -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     rank = dist.get_rank()
-    cabr.BLOCK_ELEMENTS = 2**15  # so that toy weights, too, are cut into many blocks
+    # So that toy weights, too, are cut into many blocks, and these into pieces.
+    cabr.BLOCK_ELEMENTS, folding._CPU_PIECE = 2**15, PIECE
     result: dict[str, Any] = {
         "copies": check_copies(arguments.base),
         "M2": check_m2(arguments.base),

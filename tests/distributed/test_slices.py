@@ -71,15 +71,15 @@ def test_a_fold_sends_one_float_per_layer_and_gathers_nothing(
 
 
 @pytest.mark.parametrize("world", worker.WORLDS)
-def test_a_fold_holds_three_row_blocks_whatever_the_weights_size(
+def test_a_fold_holds_a_row_block_and_two_pieces_whatever_the_weights_size(
     ranks: list[dict[str, Any]], world: int
 ) -> None:
     for rank in ranks[:world]:
         small, large = rank["memory"][str(world)].values()
         assert small == large
-        row_block = 4 * 32 * 601
+        workspace = 4 * (32 * 601 + 2 * worker.PIECE)
         # R and a block's rows of C and C core, of rank 2, come on top.
-        assert 3 * row_block < small < 3 * row_block + 4 * (2 * 601 + 3 * 32 * 2) + 1024
+        assert workspace < small < workspace + 4 * (2 * 601 + 3 * 32 * 2) + 1024
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from allocated import AllocatedPeak
@@ -17,6 +18,7 @@ from secura_ds.method import cabr, smagnorm
 from secura_ds.sharding import (
     Restraint,
     SliceUpdate,
+    absolute_epsilons,
     fold,
     fold_slices,
     local_slice,
@@ -91,16 +93,19 @@ RESTRAINTS = [Restraint(), Restraint(eps=None, eps_relative=0.5), Restraint(form
     world=st.integers(1, 9),
     restraint=st.sampled_from(RESTRAINTS),
     block=st.sampled_from([8, 64, 500, 2**18]),
+    pieces=st.tuples(st.integers(1, 700), st.integers(1, 700)),
 )
 def test_any_boundary_gives_the_same_bits(
-    rows: int, columns: int, world: int, restraint: Restraint | None, block: int
+    rows: int, columns: int, world: int, restraint: Restraint | None, block: int, pieces: tuple[int, int]
 ) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(cabr, "BLOCK_ELEMENTS", max(block, columns))
+        monkeypatch.setattr(fold, "_CPU_PIECE", pieces[0])
         weight, update = make(rows, columns)
         update = update._replace(restraint=restraint)
         whole = weight.clone()
         fold_slices([update._replace(weight=whole)])
+        monkeypatch.setattr(fold, "_CPU_PIECE", pieces[1])
         with pytest.MonkeyPatch.context() as inner:
             found = fold_by_ranks(weight, update, world, inner)
         assert torch.equal(found, whole)
@@ -126,9 +131,11 @@ def test_no_update_leaves_every_bit() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1024, 8192])
-def test_extra_memory_is_three_blocks_whatever_the_layers_size(dtype: torch.dtype, rows: int) -> None:
+def test_extra_memory_is_a_block_and_two_pieces_whatever_the_layers_size(
+    dtype: torch.dtype, rows: int
+) -> None:
     weight, update = make(rows, 1024, dtype)
-    blocks = 3 * 4 * cabr.BLOCK_ELEMENTS
+    blocks = 4 * (cabr.BLOCK_ELEMENTS + 2 * fold._CPU_PIECE)
     with AllocatedPeak() as extra:
         fold_slices([update._replace(weight=weight)])
     # Beside the blocks there are R and a block's rows of C and C core, in fp32, all of rank 2.
@@ -143,6 +150,56 @@ def test_slice_without_padding() -> None:
     # More ranks than elements: the last ones hold padding only.
     empty = local_slice(Ranks(torch.zeros(2, 1), world=4).parameter(3))
     assert empty.start == empty.end == 2
+
+
+Params4bit = type("Params4bit", (SimpleNamespace,), {})  # slices tell 4-bit weights by their type's name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    blocks=st.integers(1, 5),
+    world=st.integers(1, 7),
+    storage=st.sampled_from([torch.bfloat16, torch.uint8]),
+    double=st.booleans(),
+    data=st.data(),
+)
+def test_pieces_of_4_bit_slices_are_pieces_of_the_dequantized_weight(
+    rows: int, blocks: int, world: int, storage: torch.dtype, double: bool, data: st.DataObject
+) -> None:
+    weight = torch.randn(rows, 64 * blocks, generator=torch.Generator().manual_seed(rows))
+    packed, state = bnb.functional.quantize_4bit(
+        weight, quant_type="nf4", quant_storage=storage, compress_statistics=double, blocksize=64
+    )
+    whole = bnb.functional.dequantize_4bit(packed, state).flatten()
+    ranks = Ranks(packed, world)
+    covered = 0
+    for rank in range(world):
+        piece = local_slice(Params4bit(**vars(ranks.parameter(rank)), quant_state=state))
+        assert piece.shape == weight.shape
+        assert piece.start == min(covered, whole.numel())
+        covered = piece.end
+        if piece.start < piece.end:
+            low = data.draw(st.integers(piece.start, piece.end - 1))
+            high = data.draw(st.integers(low + 1, piece.end))
+            assert torch.equal(piece.read(low, high, torch.empty(high - low)), whole[low:high])
+            with pytest.raises(UserError, match="use strategy 'M2'"):
+                piece.write(low, high, whole[low:high])
+    assert covered == whole.numel()
+
+
+def test_a_known_eps_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, update = make(30, 20)
+    update = update._replace(weight=weight, restraint=Restraint(eps=None, eps_relative=0.5))
+    (eps,) = absolute_epsilons([update])
+    assert eps == pytest.approx(0.5 * float(weight.abs().mean()), rel=1e-6)
+    expected = weight.clone()
+    fold_slices([update._replace(weight=expected)])
+    operations: list[str] = []
+    monkeypatch.setattr(fold, "_reduce", lambda values, layers, operation: operations.append(operation))
+    fold_slices([update._replace(eps=eps)])
+    assert operations == ["MAX"]
+    assert torch.equal(weight, expected)
 
 
 def test_slices_that_cannot_be_folded() -> None:
