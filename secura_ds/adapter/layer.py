@@ -59,7 +59,7 @@ class SecuraLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
         self._restrained: tuple[Any, Tensor] | None = None
-        self._eps: dict[str, tuple[Any, float]] = {}
+        self._eps: dict[str, tuple[tuple[int, int] | None, float]] = {}
 
     def update_layer(
         self,
@@ -114,9 +114,10 @@ class SecuraLayer(BaseTunerLayer):
         config = self.configs[adapter_name]
         with torch.no_grad(), sharding.gathered([self.secura_A[adapter_name], self.secura_B[adapter_name]]):
             core = self.core(adapter_name)
-        weight = self.get_base_layer().weight if weight is None else weight
         C, R = self.secura_C[adapter_name], self.secura_R[adapter_name]
-        return sharding.SliceUpdate(weight, C, core, R, config.scaling, config.restraint)
+        eps = self.known_eps(adapter_name) if weight is None else None
+        weight = self.get_base_layer().weight if weight is None else weight
+        return sharding.SliceUpdate(weight, C, core, R, config.scaling, config.restraint, eps)
 
     def forget(self) -> None:
         """Drop what was derived from the base weight, after it was changed."""
@@ -137,13 +138,29 @@ class SecuraLayer(BaseTunerLayer):
     def _absolute_eps(self, adapter_name: str, restraint: sharding.Restraint) -> float:
         if restraint.eps_relative is None:
             return float(smagnorm.absolute_eps(0.0, restraint.eps, None))
-        # A sharded or 4-bit weight changes only by a fold or a load, which call `forget`.
-        frozen = self.get_base_layer().weight
-        key = None if sharding.is_sharded(frozen) else _version(frozen)
-        if adapter_name not in self._eps or self._eps[adapter_name][0] != key:
+        eps = self.known_eps(adapter_name)
+        if eps is None:
             mean = smagnorm.absolute_mean(self._read_weight())
-            self._eps[adapter_name] = key, float(smagnorm.absolute_eps(mean, None, restraint.eps_relative))
-        return self._eps[adapter_name][1]
+            eps = float(smagnorm.absolute_eps(mean, None, restraint.eps_relative))
+            self.remember_eps(adapter_name, eps)
+        return eps
+
+    def known_eps(self, adapter_name: str) -> float | None:
+        """The absolute eps of the base weight as it is now, if a forward pass or a measurement has left it.
+
+        Under ZeRO-3 it is known on every rank or on none.
+        """
+        key, eps = self._eps.get(adapter_name, (None, None))
+        return eps if key == self._weight_key() else None
+
+    def remember_eps(self, adapter_name: str, eps: float) -> None:
+        """Keep `eps` until the base weight changes."""
+        self._eps[adapter_name] = self._weight_key(), eps
+
+    def _weight_key(self) -> tuple[int, int] | None:
+        # A sharded weight changes only by a fold or a load, which call `forget`.
+        frozen = self.get_base_layer().weight
+        return None if sharding.is_sharded(frozen) else _version(frozen)
 
 
 class Linear(nn.Module, SecuraLayer):

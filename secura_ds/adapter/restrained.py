@@ -22,7 +22,8 @@ from torch import Tensor
 from secura_ds.method.cabr import compute_dtype, row_blocks
 from secura_ds.sharding import Restraint
 
-# Accelerators want few large kernels; CPUs want blocks that stay in cache, which the method's grid gives.
+# Of a row block: accelerators want few large kernels; CPUs want blocks that stay in cache.
+_CPU_ELEMENTS = 2**18
 _ACCELERATOR_ELEMENTS = 2**24
 
 
@@ -148,7 +149,7 @@ def _restrain(w: Tensor, d: Tensor, M: Tensor, restraint: Restraint, out: Tensor
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Row blocks of W in `dtype`, each with a buffer of its shape; both are valid until the next block."""
     num_rows, num_columns = weight.shape
-    grid = list(row_blocks(num_rows, num_columns))
+    grid = list(row_blocks(num_rows, num_columns, _CPU_ELEMENTS))
     if weight.device.type != "cpu":
         height = max(1, _ACCELERATOR_ELEMENTS // num_columns)
         grid = [slice(at, min(at + height, num_rows)) for at in range(0, num_rows, height)]
