@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check=not options.no_check,
         overwrite=options.overwrite,
         progress=not options.quiet,
+        workers=options.workers,
     )
     run = options.adapter.resolve().parent
     if (run / "recipe.resolved.json").is_file():
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("trained", "original"),
         default="trained",
         help="after 4-bit training: onto the dequantized weights it saw (default), or the base's own",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that share the shards (default 1)"
     )
     parser.add_argument(
         "--no-check", action="store_true", help="leave out the strict load and the logit comparison"
