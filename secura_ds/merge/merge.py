@@ -110,7 +110,7 @@ def merge(
     base, adapter, out = Path(base).resolve(), Path(adapter).resolve(), Path(out).resolve()
     _require_free(base, adapter, out, overwrite)
     checkpoint, adapter_file = open_checkpoint(base), open_adapter(adapter)
-    _require_plain(checkpoint, adapter_file)
+    _require_tied(checkpoint, adapter_file, require_plain(checkpoint))
     edits = plan_edits(checkpoint, adapter_file, "live" if live else onto)
     if check:
         check_strict_load(base)
@@ -192,8 +192,12 @@ def _require_free(base: Path, adapter: Path, out: Path, overwrite: bool) -> None
         raise UserError(f"{out} already exists: choose another folder, or add --overwrite")
 
 
-def _require_plain(base: Checkpoint, adapter: AdapterFile) -> None:
-    """The base is not itself quantized, and no embedding is replaced without the head tied to it."""
+def require_plain(base: Checkpoint) -> dict[str, Any]:
+    """The base's configuration, if its weights are not themselves quantized.
+
+    Raises:
+        UserError: they are, or config.json cannot be read.
+    """
     path = base.folder / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -201,6 +205,11 @@ def _require_plain(base: Checkpoint, adapter: AdapterFile) -> None:
         raise UserError(f"{path} cannot be read ({first_line(error)}); copy the checkpoint again") from error
     if "quantization_config" in config:
         raise UserError(f"{base.folder} is itself quantized: give the 16-bit checkpoint it was made from")
+    return config
+
+
+def _require_tied(base: Checkpoint, adapter: AdapterFile, config: Mapping[str, Any]) -> None:
+    """No embedding is replaced without the head tied to it."""
     tied = "lm_head.weight" not in base.tensors and not adapter.config.get("ensure_weight_tying")
     for name, stored in adapter.replacements.items():
         if tied and len(stored.shape) == 2 and stored.shape[0] == config.get("vocab_size"):
