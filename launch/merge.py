@@ -75,10 +75,21 @@ def _summary(report: MergeReport) -> str:
     gap = f"not measured: {report.check_skipped}"
     if report.max_logit_gap is not None:
         gap = f"{report.max_logit_gap:.3g} (KL {report.kl:.3g} nats a token)"
+    onto = ""
+    if report.trained_in_4_bits:
+        onto = {
+            "trained": "merged onto the 4-bit weights that training saw, dequantized\n",
+            "original": "merged onto the base's own weights; training saw them rounded to 4 bits\n",
+        }[report.onto]
+    memory = f"{report.peak_memory_bytes / 2**20:.0f} MiB"
+    if report.workers > 1:
+        memory += (
+            f" in one of {report.workers} workers, {report.peak_memory_sum_bytes / 2**20:.0f} MiB in all"
+        )
     return (
         f"{report.out}: {report.bytes / 1e9:.2f} GB in {report.seconds:.1f} s, {counts}\n"
-        f"peak memory of the merge: {report.peak_memory_bytes / 2**20:.0f} MiB\n"
-        f"max logit gap between adapter model and merged model: {gap}"
+        f"peak memory of the merge: {memory}\n"
+        f"{onto}max logit gap between adapter model and merged model: {gap}"
     )
 
 

@@ -26,6 +26,8 @@ CASES: dict[str, list[str]] = {
     "bf16-head": [*BF16, HEAD],
     "nf4": NF4,
     "nf4-forward": [*NF4, "adapter.smagnorm.apply=forward"],
+}
+MORE_CASES: dict[str, list[str]] = {
     "nf4-lora": [*NF4, LORA],
     "fp32-dora": [DORA],
     # The checkpoint is wider, or narrower, than what training holds.
@@ -54,9 +56,9 @@ def write_export_toy(folder: Path) -> Path:
     return recipe
 
 
-def differences(folder: Path, name: str, case: str | None = None) -> list[str]:
+def differences(folder: Path, name: str, options: list[str]) -> list[str]:
     """Files of `name`'s merged checkpoint that differ from those of the offline merge of its adapter."""
-    base = folder / ("narrow" if BF16[0] in CASES[case or name] else "backbone")
+    base = folder / ("narrow" if BF16[0] in options else "backbone")
     offline, live = folder / f"{name}-offline", folder / name / "merged"
     merge(base, folder / name / "adapter", offline, check=False, progress=False)
     names = {file.name for place in (offline, live) for file in place.iterdir()} - {"merge.json"}

@@ -35,6 +35,7 @@ class MergeReport:
     """What a merge did; written to `merge.json` in the merged folder.
 
     Attributes:
+        trained_in_4_bits: the adapter was trained on quantized weights, so that `onto` makes a difference.
         seconds: wall time, the check included.
         bytes: size of the merged weights.
         resumed_bytes: how many of them an earlier, interrupted run had finished.
@@ -44,7 +45,8 @@ class MergeReport:
         workers: processes that wrote shards.
         peak_memory_bytes: growth of memory while merging, the check excluded; of several workers the largest.
         peak_memory_sum_bytes: the growth of all workers added up.
-        max_logit_gap: largest difference of a logit between adapter model and merged model.
+        max_logit_gap: largest difference of a logit between adapter model, on the weights it was trained on,
+            and merged model.
         kl: mean KL(adapter model || merged model) per token, in nats.
         check_skipped: why these two are None, else None.
     """
@@ -53,6 +55,7 @@ class MergeReport:
     adapter: str
     out: str
     onto: str
+    trained_in_4_bits: bool
     seconds: float
     bytes: int
     resumed_bytes: int
@@ -133,6 +136,7 @@ def merge(
                 adapter=str(adapter),
                 out=str(out),
                 onto=onto,
+                trained_in_4_bits=adapter_file.quantization is not None,
                 seconds=time.monotonic() - started,
                 bytes=checkpoint.num_bytes,
                 resumed_bytes=resumed,
