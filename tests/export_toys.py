@@ -16,24 +16,22 @@ NF4 = [*BF16, "backbone.quantization.kind=nf4"]
 LORA = 'adapter={"method":"lora","rank":3,"target_modules":["q_proj"]}'
 DORA = 'adapter={"method":"dora","rank":3,"target_modules":["q_proj"]}'
 HEAD = 'adapter.modules_to_save=["lm_head"]'
+FORWARD = "adapter.smagnorm.apply=forward"
 CASES: dict[str, list[str]] = {
-    "fp32": [],
-    "fp32-forward-all": ["adapter.smagnorm.apply=forward", "adapter.target_modules=all-linear"],
-    "fp32-never": ["adapter.smagnorm.apply=never"],
-    "fp32-M1": ["adapter.strategy=M1", "adapter.smagnorm.apply=forward"],
-    "bf16": [*BF16, "adapter.smagnorm.eps=null", "adapter.smagnorm.eps_relative=1.0"],
-    "bf16-M1": [*BF16, "adapter.strategy=M1"],
-    "bf16-head": [*BF16, HEAD],
+    "fp32-forward-all": [FORWARD, "adapter.target_modules=all-linear"],
+    "fp32-M1": ["adapter.strategy=M1", FORWARD],
+    "bf16-head": [*BF16, HEAD, "adapter.smagnorm.eps=null", "adapter.smagnorm.eps_relative=1.0"],
+    "bf16-M1-never": [*BF16, "adapter.strategy=M1", "adapter.smagnorm.apply=never"],
     "nf4": NF4,
-    "nf4-forward": [*NF4, "adapter.smagnorm.apply=forward"],
+    "nf4-forward": [*NF4, FORWARD],
 }
-MORE_CASES: dict[str, list[str]] = {
+CASES_ALONE: dict[str, list[str]] = {
     "nf4-lora": [*NF4, LORA],
     "fp32-dora": [DORA],
     # The checkpoint is wider, or narrower, than what training holds.
-    "rounded": ["backbone.dtype=bfloat16"],
+    "rounded": ["backbone.dtype=bfloat16", "adapter.smagnorm.apply=never"],
     "rounded-M1": ["backbone.dtype=bfloat16", "adapter.strategy=M1"],
-    "widened": ["backbone.model=narrow"],
+    "widened": ["backbone.model=narrow", FORWARD],
 }
 COMMON = ["training.save_merged=true", "training.max_steps=3"]
 

@@ -27,9 +27,9 @@ from secura_ds.merge import work  # noqa: E402
 from secura_ds.recipe import load_recipe  # noqa: E402
 from secura_ds.training import RunSummary, train  # noqa: E402
 
-MORE: dict[str, list[str]] = {
-    "zero2": ["training.deepspeed=zero2.json", "adapter.strategy=M1"],
-    "persistent": ["training.deepspeed=zero3-persistent.json", "adapter.strategy=M1"],
+CASES: dict[str, list[str]] = export_toys.CASES | {
+    "fp32-M1": [*export_toys.CASES["fp32-M1"], "training.deepspeed=zero3-persistent.json"],
+    "zero2": [*export_toys.CASES["fp32-M1"], "training.deepspeed=zero2.json"],
 }
 COMMON = ["training.deepspeed=zero3.json", "training.gradient_accumulation_steps=1"]
 
@@ -42,7 +42,7 @@ def main() -> None:
         settings = [f"training.output_dir={name}", *COMMON, *export_toys.COMMON, *options]
         return train(load_recipe(recipe, settings), resume=resume)
 
-    for name, options in (export_toys.CASES | MORE).items():
+    for name, options in CASES.items():
         with watched() as most:
             found[name] = {"merged": run(name, *options).merged, **most}
     found["full"] = with_a_full_disk(run)

@@ -45,7 +45,7 @@ def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
 
 
-@pytest.mark.parametrize(("name", "options"), (export_toys.CASES | export_toys.MORE_CASES).items())
+@pytest.mark.parametrize(("name", "options"), (export_toys.CASES | export_toys.CASES_ALONE).items())
 def test_the_files_are_those_of_the_offline_merge(
     run: Run, toy: Path, name: str, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
