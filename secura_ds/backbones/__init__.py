@@ -10,9 +10,12 @@ from secura_ds.backbones.family import (
 )
 from secura_ds.backbones.loading import (
     checkpoint_of,
+    empty_model,
     load_config,
     load_model,
     load_tokenizer,
+    quantization_config,
+    replace_linear,
     resolve_base,
 )
 
@@ -24,8 +27,11 @@ __all__ = [
     "checkpoint_of",
     "choose_attention",
     "choose_pad_token",
+    "empty_model",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "quantization_config",
+    "replace_linear",
     "resolve_base",
 ]

@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
+from transformers.integrations.deepspeed import deepspeed_config, is_deepspeed_zero3_enabled
+from transformers.modeling_utils import set_quantized_state
+from transformers.quantizers import AutoHfQuantizer
 
 from secura_ds.backbones.family import choose_attention, choose_pad_token
+from secura_ds.checkpoint_files import StoredTensor, open_checkpoint
 from secura_ds.embedded import embedded_checkpoint
+from secura_ds.environment import is_main_process
 from secura_ds.errors import UserError, first_line
 from secura_ds.recipe import BackboneRecipe
-from secura_ds.sharding import keep_exact
+from secura_ds.sharding import keep_exact, load_slices
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +105,7 @@ def load_tokenizer(backbone: BackboneRecipe) -> PreTrainedTokenizerBase:
 def load_model(backbone: BackboneRecipe, *, attention: str | None = None) -> PreTrainedModel:
     """The backbone's model, on the CPU or, 4-bit, on this process's GPU.
 
-    Where a ZeRO-3 configuration is alive, weights are partitioned while they load; 4-bit ones load whole on
-    every rank, and DeepSpeed partitions them later.
+    Where a ZeRO-3 configuration is alive, weights are partitioned while they load, also 4-bit ones.
 
     Args:
         attention: another choice than `backbone.attention`.
@@ -106,23 +116,23 @@ def load_model(backbone: BackboneRecipe, *, attention: str | None = None) -> Pre
     config = load_config(backbone)
     kernel, reason = choose_attention(config, attention or backbone.attention, dtype=backbone.dtype)
     logger.info("attention of %s: %s (%s)", backbone.model, kernel, reason)
-    dtype = getattr(torch, backbone.dtype)
-    options: dict[str, Any] = {}
-    if backbone.quantization is not None:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=backbone.quantization.kind,
-            bnb_4bit_use_double_quant=backbone.quantization.double_quantization,
-            bnb_4bit_compute_dtype=dtype,
-            # Packed bytes seen as compute-type numbers: ZeRO-3 flattens all weights of a group into one type.
-            bnb_4bit_quant_storage=dtype,
-        )
+    stored = _stored_tensors(backbone) if is_deepspeed_zero3_enabled() else None
+    model = _load_slices(backbone, config, kernel, stored) if stored else None
+    if model is None:
+        model = _load_whole(backbone, config, kernel)
+    keep_exact(model)
+    return model
+
+
+def _load_whole(backbone: BackboneRecipe, config: PreTrainedConfig, kernel: str) -> PreTrainedModel:
+    """By transformers, which also partitions under ZeRO-3 unless the weights are 4-bit."""
+    options = {} if backbone.quantization is None else {"quantization_config": quantization_config(backbone)}
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             checkpoint_of(backbone),
             revision=backbone.revision,
             config=config,
-            dtype=dtype,
+            dtype=getattr(torch, backbone.dtype),
             attn_implementation=kernel,
             output_loading_info=True,
             **options,
@@ -134,8 +144,75 @@ def load_model(backbone: BackboneRecipe, *, attention: str | None = None) -> Pre
             f"the checkpoint {backbone.model} lacks {len(missing)} weights, the first is {missing[0]}: "
             "it is incomplete or belongs to another architecture"
         )
-    keep_exact(model)
     return model
+
+
+def _stored_tensors(backbone: BackboneRecipe) -> dict[str, StoredTensor]:
+    """What a checkpoint's safetensors files hold, by name; empty where it has other files only."""
+    try:
+        folder = resolve_base(backbone.model, backbone.revision)
+    except UserError as error:
+        raise _cannot_load(backbone, error) from error
+    if not any(folder.glob("*.safetensors")):
+        return {}
+    return open_checkpoint(folder).tensors
+
+
+def _load_slices(
+    backbone: BackboneRecipe, config: PreTrainedConfig, kernel: str, stored: Mapping[str, StoredTensor]
+) -> PreTrainedModel | None:
+    """A model of which each rank holds its slices and, meanwhile, one whole tensor.
+
+    None if the files name their tensors otherwise than the model does: transformers knows how to convert.
+    """
+    model = empty_model(config, dtype=getattr(torch, backbone.dtype), attention=kernel)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if shapes != {name: stored[name].shape for name in shapes if name in stored}:
+        logger.warning("%s is loaded by transformers, 4-bit weights whole on every rank", backbone.model)
+        return None
+    if backbone.quantization is not None:
+        replace_linear(model, quantization_config(backbone))
+    load_slices(model, lambda name: stored[name].read(), deepspeed_config(), _progress)
+    if model.can_generate():
+        with suppress(OSError):
+            folder = checkpoint_of(backbone)
+            model.generation_config = GenerationConfig.from_pretrained(folder, revision=backbone.revision)
+    return model
+
+
+def empty_model(config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """A model whose parameters are on the meta device and whose buffers are real, in evaluation mode."""
+    # Under ZeRO-3 transformers would build whole, random weights.
+    with set_quantized_state(), no_init_weights(), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    model.tie_weights()
+    return model.eval()
+
+
+def replace_linear(model: PreTrainedModel, quantization: BitsAndBytesConfig) -> None:
+    """Put empty 4-bit layers in the place of an empty model's linear ones, its head excepted."""
+    quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map=None)
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+
+
+def quantization_config(backbone: BackboneRecipe) -> BitsAndBytesConfig:
+    """What bitsandbytes and transformers are told of 4-bit weights."""
+    assert backbone.quantization is not None
+    dtype = getattr(torch, backbone.dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=backbone.quantization.kind,
+        bnb_4bit_use_double_quant=backbone.quantization.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+        # Packed bytes seen as compute-type numbers: ZeRO-3 flattens all weights of a group into one type.
+        bnb_4bit_quant_storage=dtype,
+    )
+
+
+def _progress(parameters: Iterable[Any]) -> Iterable[Any]:
+    return tqdm(parameters, desc="loading", unit="tensor", disable=not is_main_process(), leave=False)
 
 
 def _cannot_load(backbone: BackboneRecipe, error: Exception) -> UserError:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from secura_ds import sharding
 from secura_ds.adapter import SecuraConfig
-from secura_ds.backbones import choose_attention
+from secura_ds.backbones import choose_attention, empty_model, quantization_config, replace_linear
 from secura_ds.backbones.adapter import adapter_config
 from secura_ds.errors import UserError
 from secura_ds.recipe import Recipe
@@ -39,14 +40,14 @@ def draw(recipe: Recipe, config: PreTrainedConfig, *, sharded: bool) -> PeftMode
     """
     dtype = getattr(torch, recipe.backbone.dtype)
     kernel, _ = choose_attention(config, recipe.backbone.attention, dtype=recipe.backbone.dtype)
+    # A class keeps what it is given in its configuration: the caller's stays as it is.
+    model = empty_model(copy.deepcopy(config), dtype=dtype, attention=kernel)
+    if recipe.backbone.quantization is not None:
+        replace_linear(model, quantization_config(recipe.backbone))
+    model.to("meta").requires_grad_(False)
     with torch.device("meta"):
-        # A class keeps what it is given in its configuration: the caller's stays as it is.
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, attn_implementation=kernel
-        )
         if recipe.backbone.quantization is not None:
-            _quantize(model, recipe, dtype)
-        model.requires_grad_(False)
+            _pack(model, dtype, nested=recipe.backbone.quantization.double_quantization)
         wanted = adapter_config(recipe, config)
         if isinstance(wanted, SecuraConfig):
             wanted.factors_saved = True  # there is no weight to choose rows and columns from
@@ -65,32 +66,17 @@ def draw(recipe: Recipe, config: PreTrainedConfig, *, sharded: bool) -> PeftMode
     return adapted.train()
 
 
-def _quantize(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype) -> None:
-    """Put 4-bit layers where transformers puts them, packed into `dtype` as `backbones.load_model` asks."""
-    from transformers.integrations import replace_with_bnb_linear
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    quantization = recipe.backbone.quantization
-    assert quantization is not None
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.kind,
-        bnb_4bit_use_double_quant=quantization.double_quantization,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,
-    )
-    replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
-    model.is_loaded_in_4bit = True  # PEFT's LoRA looks at it
+def _pack(model: PreTrainedModel, dtype: torch.dtype, *, nested: bool) -> None:
+    """Give every 4-bit parameter its packed shape and its constants."""
     for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
-        if type(weight).__name__ == "Params4bit":
-            _pack(module, weight, dtype, quantization.double_quantization)
+        if sharding.is_quantized(module):
+            _pack_layer(module, dtype, nested=nested)
 
 
-def _pack(module: nn.Module, weight: Any, dtype: torch.dtype, nested: bool) -> None:
-    """Give a 4-bit parameter its packed shape and its constants."""
+def _pack_layer(module: Any, dtype: torch.dtype, *, nested: bool) -> None:
     from bitsandbytes.functional import QuantState
 
+    weight = module.weight
     shape, count = weight.shape, weight.numel()
     weight.data = torch.empty(math.ceil(count / 2 / dtype.itemsize), 1, dtype=dtype)
     blocks = math.ceil(count / BLOCK)

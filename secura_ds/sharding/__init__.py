@@ -30,6 +30,7 @@ from secura_ds.sharding.quantized import (
     requantize,
     restore_quantized,
 )
+from secura_ds.sharding.streaming import load_parameters, load_slices
 
 __all__ = [
     "Restraint",
@@ -48,6 +49,8 @@ __all__ = [
     "is_sharded",
     "keep_exact",
     "load_optimizer_state",
+    "load_parameters",
+    "load_slices",
     "local_slice",
     "master",
     "optimizer_state",

@@ -63,16 +63,22 @@ def keep_exact(model: nn.Module) -> None:
                 weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
 
 
-def requantize(module: nn.Module, weight: Tensor) -> None:
-    """Replace the 4-bit weight of an unsharded layer by a new parameter holding `weight` quantized anew."""
+def quantized_parameter(module: nn.Module, weight: Tensor, device: torch.device) -> Parameter:
+    """`weight` (out, in) quantized as the 4-bit layer `module` prescribes, packed on `device`."""
     import bitsandbytes as bnb
 
     old: Parameter = module.weight
     settings = {
         k: getattr(old, k) for k in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
     }
-    new = bnb.nn.Params4bit(weight.detach().to("cpu"), requires_grad=False, module=module, **settings)
-    module.weight = new.to(old.device)
+    new = bnb.nn.Params4bit(weight.detach(), requires_grad=False, module=module, **settings)
+    quantized: Parameter = new.to(device)
+    return quantized
+
+
+def requantize(module: nn.Module, weight: Tensor) -> None:
+    """Replace the 4-bit weight of an unsharded layer by a new parameter holding `weight` quantized anew."""
+    module.weight = quantized_parameter(module, weight.to("cpu"), module.weight.device)
 
 
 def restore_quantized(module: nn.Module, weight: Parameter) -> None:

@@ -50,10 +50,9 @@ def build_model(
     tokenizer = load_tokenizer(recipe.backbone)
     model = load_model(recipe.backbone).requires_grad_(False)
     config = adapter_config(recipe, model.config)
-    # transformers loads 4-bit weights whole; those are checked once DeepSpeed has them.
-    if is_deepspeed_zero3_enabled() and recipe.backbone.quantization is None:
+    if is_deepspeed_zero3_enabled():
         sharding.assert_partitioned(model)
-    if device is not None and recipe.backbone.quantization is None:
+    if device is not None:
         _to_device(model, device)
     if isinstance(config, SecuraConfig):
         if factors is not None:
@@ -125,7 +124,8 @@ def _put_adapter(model: PreTrainedModel, config: PeftConfig, *, autocast: bool) 
 
 def _to_device(model: PreTrainedModel, device: torch.device) -> None:
     if not is_deepspeed_zero3_enabled():
-        model.to(device)
+        if not getattr(model, "is_loaded_in_4bit", False):  # those are where they were quantized
+            model.to(device)
         return
     # DeepSpeed places the weights; buffers are plain tensors that calibration needs beside them.
     for module in model.modules():

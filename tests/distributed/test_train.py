@@ -21,6 +21,10 @@ from secura_ds.recipe import load_recipe
 from secura_ds.training import train
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from train_worker import CASES  # noqa: E402
+
 LORA = 'adapter={"method":"lora","rank":3,"target_modules":["q_proj"]}'
 
 
@@ -60,6 +64,7 @@ def one_process(toy: Path) -> Path:
         "lora": [LORA],
         "calibrated": ["adapter.selection=calibrated", "adapter.calibration.num_tokens=320"],
         "nf4": ["backbone.dtype=bfloat16", "backbone.quantization.kind=nf4"],
+        "nf4-calibrated": CASES["nf4-calibrated"],
         "validated": ["data.validation_fraction=0.25", "training.eval_steps=3"],
     }.items():
         train(load_recipe(toy, [f"training.output_dir={folder / name}", "training.save_steps=4", *options]))
@@ -104,10 +109,13 @@ def test_validation_during_training_is_the_same_on_two_ranks(
     assert together == pytest.approx(alone, rel=2e-5)
 
 
-def test_two_ranks_train_on_4_bit_weights(toy: Path, two_ranks: dict[str, object], one_process: Path) -> None:
-    assert two_ranks["nf4"] == "finished"
+@pytest.mark.parametrize("name", ["nf4", "nf4-calibrated"])
+def test_two_ranks_train_on_4_bit_weights(
+    toy: Path, two_ranks: dict[str, object], one_process: Path, name: str
+) -> None:
+    assert two_ranks[name] == "finished"
     # The trained parameters are bfloat16 there, fp32 here.
-    assert losses(toy.parent / "nf4") == pytest.approx(losses(one_process / "nf4"), rel=3e-2)
+    assert losses(toy.parent / name) == pytest.approx(losses(one_process / name), rel=3e-2)
 
 
 @pytest.mark.parametrize("name", ["zero3", "zero2", "M1", "bf16"])

@@ -28,6 +28,13 @@ CASES: dict[str, list[str]] = {
     "lora": [LORA],
     "bf16": ["backbone.dtype=bfloat16"],
     "nf4": ["backbone.dtype=bfloat16", "backbone.quantization.kind=nf4"],
+    "nf4-calibrated": [
+        "backbone.dtype=bfloat16",
+        "backbone.quantization.kind=nf4",
+        "adapter.selection=calibrated",
+        "adapter.calibration.num_tokens=320",
+        "adapter.smagnorm.apply=forward",
+    ],
     "checkpointing": ["training.gradient_checkpointing=true"],
     "checkpointing-forward": ["training.gradient_checkpointing=true", "adapter.smagnorm.apply=forward"],
     "validated": ["data.validation_fraction=0.25", "training.eval_steps=3"],
