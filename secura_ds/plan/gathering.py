@@ -57,14 +57,17 @@ class Gathered(NamedTuple):
     """Bytes of weights gathered in the pass, counted whole."""
 
 
-def gathered(events: Sequence[Event], reads: Mapping[str, Sequence[Weight]], limits: Limits) -> Gathered:
+def gathered(
+    events: Sequence[Event], reads: Mapping[str, Sequence[Weight]], limits: Limits, *, copies: bool = False
+) -> Gathered:
     """What is whole at each event.
 
     Args:
         reads: the weights that each module's fetch asks for.
+        copies: the collective receives into a buffer of its own first, as gloo does.
     """
     order = [list(reads.get(e.module, ())) for e in events if e.kind == "fetch"]
-    follower = _Follower(order, limits)
+    follower = _Follower(order, limits, copies)
     peaks, levels = [], []
     for event in events:
         follower.highest = follower.held
@@ -92,6 +95,7 @@ class _Follower:
 
     order: list[list[Weight]]
     limits: Limits
+    copies: bool = False
     held: int = 0
     highest: int = 0
     moved: int = 0
@@ -164,6 +168,8 @@ class _Follower:
             return
         arriving = [weight.slice * weight.ranks for weight in weights]
         self._hold(sum(arriving))
+        if self.copies:
+            self.highest = max(self.highest, self.held + sum(arriving))
         if len(weights) == 1:
             self._whole[weights[0].name] = arriving[0]
             return

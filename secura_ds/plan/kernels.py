@@ -19,6 +19,7 @@ from secura_ds.method.cabr import row_blocks
 aten = torch.ops.aten
 
 CUDA_BLOCK = 512  # PyTorch's CUDA allocator hands out multiples of it
+LIBRARY_WORKSPACES = 33 * 2**20  # cuBLAS, through PyTorch's allocator (8 MiB before Hopper)
 MIN_OFFLOADED = 1024  # bytes of the smallest tensor that activation offloading moves
 STASH = 5  # tensors on their way to host memory
 FLASH_ROWS = 128  # flash attention's backward pass pads lengths to multiples of it

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 
@@ -35,8 +34,15 @@ class AtRest:
     """Bytes of buffers that are allocated and, for want of gradients to fill them, never written."""
 
 
-def at_rest(model: PeftModel, zero: Zero, ranks: int, *, optimizer: str, device: str) -> AtRest:
-    """What a rank holds between two steps of training `model`, a model of `blueprint.draw`."""
+def at_rest(
+    model: PeftModel, zero: Zero, ranks: int, *, optimizer: str, device: str, accumulates: bool
+) -> AtRest:
+    """What a rank holds between two forward passes of training `model`, a model of `blueprint.draw`.
+
+    Args:
+        optimizer: its name in transformers.
+        accumulates: gradients of several passes are added up before a step.
+    """
     parameters = dict(model.named_parameters())
     frozen = {n: p for n, p in parameters.items() if not p.requires_grad}
     trained = {n: p for n, p in parameters.items() if p.requires_grad}
@@ -59,10 +65,10 @@ def at_rest(model: PeftModel, zero: Zero, ranks: int, *, optimizer: str, device:
             rounded(t.nbytes, device) for p in frozen.values() for t in constants(p)
         ),
         "persistent_weights": sum(rounded(w.size, device) for w in cut.values() if w.persistent),
-        "adapter_weights": held(trained) if zero.stage in (0, 3) else _padded_whole(slices, ranks) * itemsize,
+        "adapter_weights": held(trained) if zero.stage in (0, 3) else slices * ranks * itemsize,
         "adapter_buffers": adapter,
         "model_buffers": other,
-        "gradients": slices * itemsize if sharded else 0,
+        "gradients": slices * itemsize if sharded or accumulates else 0,
         "optimizer_state": moments,
         "fp32_masters": slices * FP32 if zero.stage and not (sharded and itemsize == FP32) else 0,
         "reduce_buckets": buckets if sharded else 0,
@@ -103,10 +109,6 @@ def _padded(total: int, zero: Zero, ranks: int) -> int:
         return total
     unit = ALIGNMENT * ranks
     return math.ceil(total / unit) * unit // ranks
-
-
-def _padded_whole(slices: int, ranks: int) -> int:
-    return slices * ranks
 
 
 def _buckets(zero: Zero) -> int:
@@ -155,17 +157,3 @@ def _buffers(model: PeftModel, device: str) -> tuple[int, int]:
         else:
             other += size
     return adapter, other
-
-
-def whole_bytes(model: PeftModel, dtype: torch.dtype) -> int:
-    """Bytes of the backbone's weights in `dtype`, as its checkpoint and a merged one hold them."""
-    return sum(_elements(p) for n, p in model.named_parameters() if _of_backbone(n)) * dtype.itemsize
-
-
-def _elements(parameter: Tensor) -> int:
-    state = getattr(parameter, "quant_state", None)
-    return int(math.prod(state.shape)) if state is not None else parameter.numel()
-
-
-def _of_backbone(name: str) -> bool:
-    return ".secura_" not in name and ".lora_" not in name and ".modules_to_save." not in name
