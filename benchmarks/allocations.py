@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
@@ -49,9 +48,7 @@ class Counter(TrainerCallback):
         """Take the census and start to listen."""
         if state.global_step != self.step:
             return
-        self.measured.between_steps = census(
-            self.trainer.model, self.trainer.optimizer, self.before
-        )
+        self.measured.between_steps = census(self.trainer.model, self.trainer.optimizer, self.before)
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
 
@@ -113,8 +110,9 @@ def _parts(model: nn.Module, optimizer: Any) -> dict[str, Callable[[], list[Tens
         "fp32 masters": lambda: [*_listed(inner, "fp32_partitioned_groups_flat"),
                                  *_listed(inner, "single_partition_of_fp32_groups")],
         "optimizer": lambda: _state(inner),
-        "gradients": lambda: [t for t in [getattr(inner, "grad_partitions_flat_buffer", None)] if t is not None]
-        + [p.grad for p in trained if p.grad is not None],
+        "gradients": lambda: _present(
+            getattr(inner, "grad_partitions_flat_buffer", None), *(p.grad for p in trained)
+        ),
         "reduce bucket": lambda: _buckets(inner),
     }  # fmt: skip
 
@@ -134,6 +132,10 @@ def _constants(parameter: Any) -> list[Tensor]:
     return [tensor for tensor in found if tensor is not None]
 
 
+def _present(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
 def _listed(optimizer: Any, name: str) -> list[Tensor]:
     return list(getattr(optimizer, name, []))
 
@@ -146,7 +148,12 @@ def _state(optimizer: Any) -> list[Tensor]:
 def _buckets(optimizer: Any) -> list[Tensor]:
     buckets = getattr(optimizer, "ipg_buckets", {})
     held = [getattr(bucket, "buffer", None) for bucket in buckets.values()]
-    return [tensor for item in held for tensor in (item if isinstance(item, list) else [item]) if tensor is not None]
+    return [
+        tensor
+        for item in held
+        for tensor in (item if isinstance(item, list) else [item])
+        if tensor is not None
+    ]
 
 
 def _live_tensors() -> list[Tensor]:

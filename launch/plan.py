@@ -90,7 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("recipe", type=Path, help="the recipe, a JSON file")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", help="override a value of the recipe; repeatable"
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="override a value of the recipe; repeatable",
     )
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs in all (default: this machine's devices)")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of each GPU in GiB")

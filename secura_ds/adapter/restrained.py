@@ -148,7 +148,7 @@ def _restrain(w: Tensor, d: Tensor, M: Tensor, restraint: Restraint, out: Tensor
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Row blocks of W in `dtype`, each with a buffer of its shape; both are valid until the next block."""
     num_columns = weight.shape[1]
-    grid = block_grid(*weight.shape, weight.device.type)
+    grid = block_grid(weight.shape[0], num_columns, weight.device.type)
     buffer = torch.empty(grid[0].stop, num_columns, dtype=dtype, device=weight.device)
     widened = None if weight.dtype == dtype else torch.empty_like(buffer)
     for rows in grid:

@@ -1,4 +1,4 @@
-"""What a run will take before anything is loaded: memory by part, traffic, disk, a verdict and what would help."""
+"""What a run will take, before anything is loaded: memory by part, traffic, files, a verdict, advice."""
 
 from secura_ds.plan.machine import here
 from secura_ds.plan.planning import Plan, deepspeed_file, plan

@@ -17,17 +17,17 @@ MOMENTS = 2
 
 
 def sizes(recipe: Recipe, model: PeftModel) -> dict[str, int]:
-    """Bytes of tensors in one checkpoint, in the factors that all share, in the adapter and a merged model."""
+    """Bytes of one checkpoint, of the factors that all checkpoints share, of the adapter, of a merged model."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     buffers = {n: b.nbytes for n, b in model.named_buffers() if ".secura_" in n}
     accumulators = sum(size for name, size in buffers.items() if ".secura_U." in name)
     factors = sum(buffers.values()) - accumulators
     adapter = recipe.adapter
-    folds = isinstance(adapter, SecuraAdapter)
-    folded = rewritten(model) if folds and adapter.strategy == "M1" else 0
-    in_checkpoint = folded if folds and adapter.fold_every else 0
-    if folds and adapter.fold_every and adapter.strategy == "M2":
-        in_checkpoint += accumulators
+    folded = in_checkpoint = 0
+    if isinstance(adapter, SecuraAdapter):
+        folded = rewritten(model) if adapter.strategy == "M1" else 0
+        if adapter.fold_every:
+            in_checkpoint = folded or accumulators
     moments = FP32 * (1 if recipe.training.optimizer == "adafactor" else MOMENTS)
     return {
         "checkpoint": trained * (FP32 + moments) + in_checkpoint,

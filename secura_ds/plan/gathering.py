@@ -1,8 +1,8 @@
 """Which weights ZeRO-3 holds whole at each point of a pass, and the bytes it moves for that.
 
-DeepSpeed records the order in which modules use their weights. From the third pass on it gathers ahead, up to
-`stage3_prefetch_bucket_size`, keeps what is used again within `stage3_max_reuse_distance`, and gathers nothing
-ahead beyond `stage3_max_live_parameters`. This follows those rules over the events of a simulated pass.
+DeepSpeed records the order in which modules use their weights. From then on it gathers ahead whenever a module
+begins, up to `stage3_prefetch_bucket_size`, keeps what is used again within `stage3_max_reuse_distance`, and
+gathers nothing ahead beyond `stage3_max_live_parameters`. This follows those rules over a simulated pass.
 
 Gathered together, weights arrive in one buffer and are copied out of it when the first of them is used; the
 buffer goes when all of them have been used. A weight gathered alone stays where it arrived.
@@ -169,7 +169,9 @@ class _Follower:
         arriving = [weight.slice * weight.ranks for weight in weights]
         self._hold(sum(arriving))
         if self.copies:
-            self.highest = max(self.highest, self.held + sum(arriving))
+            # The work in flight has a buffer of its own until it is waited for.
+            self._hold(sum(arriving))
+            self.held -= 0 if len(weights) > 1 else sum(arriving)
         if len(weights) == 1:
             self._whole[weights[0].name] = arriving[0]
             return
@@ -185,6 +187,7 @@ class _Follower:
         if not group.copied:
             group.copied = True
             sizes = {name: self._sizes[name] for name in group.waiting}
+            self.held -= group.buffer if self.copies else 0
             self._hold(sum(sizes.values()))
             self._whole.update(sizes)
         del self._inflight[weight.name]

@@ -37,6 +37,10 @@ def workspace(function: Any, args: tuple[Any, ...], device: str) -> int:
         # Batches of training: the weight is dequantized and multiplied, its constants widened before.
         (rows, columns), dtype = args[2], args[0].dtype
         return int(rows * columns * dtype.itemsize + 4 * rows * columns / args[4])
+    if device == "cpu" and name in ("aten::mm", "aten::addmm", "aten::bmm"):
+        left, right = args[-2:]
+        # oneDNN packs both sides of a product in half precision anew.
+        return int(left.nbytes + right.nbytes) if left.dtype != torch.float32 else 0
     if name == "aten::_scaled_dot_product_flash_attention_backward":
         _, query, key = args[:3]
         batch, heads, length, width = query.shape
@@ -67,7 +71,7 @@ def of_device(device: str, *, saves_inputs: bool) -> Iterator[None]:
 def _autocast(real: Any) -> Any:
     """`torch.autocast` that takes the meta device, too: nothing is cast there."""
 
-    class Autocast(real):  # type: ignore[misc]
+    class Autocast(real):
         def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
             super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
@@ -122,7 +126,7 @@ def _grid(device: str) -> Any:
 
 
 class _ZeroLinear(torch.autograd.Function):
-    """What DeepSpeed's ZeRO-3 makes of `F.linear`: weight and input are saved, whether or not it is trained."""
+    """What ZeRO-3 makes of `F.linear`: weight and input are saved, whether or not the weight is trained."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

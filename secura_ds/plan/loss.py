@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 Mark = Callable[[str, str, str], None]
 
 
-def forward_and_backward(base: nn.Module, work: Work, device: str, mark: Mark) -> None:
-    """One pass through `base`, a causal language model on the meta device, and back from its loss."""
+def forward_and_backward(model: PeftModel, work: Work, device: str, mark: Mark) -> None:
+    """One pass through `model`, a causal language model on the meta device, and back from its loss."""
     shape = (work.batch, work.length)
     ids = torch.empty(shape, dtype=torch.int64, device="meta")
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
@@ -27,46 +28,40 @@ def forward_and_backward(base: nn.Module, work: Work, device: str, mark: Mark) -
         inputs["attention_mask"] = torch.empty_like(ids) if work.padded else None
     labels = torch.empty(work.learnt, dtype=torch.int64, device="meta")
     if device == "cpu":
-        _at_learnt_positions(base, inputs, labels)
+        _at_learnt_positions(model, inputs, labels)
     else:
-        _in_chunks(base, inputs, labels, mark)
+        _in_chunks(model, inputs, labels, mark)
 
 
-def _at_learnt_positions(base: Any, inputs: dict[str, Any], labels: Tensor) -> None:
-    """`training.Trainer.compute_loss`: the head runs where something is learnt, the logits are whole there."""
-    head = base.get_output_embeddings()
+def _at_learnt_positions(model: Any, inputs: dict[str, Any], labels: Tensor) -> None:
+    """As `training.Trainer.compute_loss`: the head runs where something is learnt, with whole logits there."""
+    head = model.get_base_model().get_output_embeddings()
 
     def select(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (_Pick.apply(args[0], len(labels)),)
 
     handle = head.register_forward_pre_hook(select)
     try:
-        logits = base(**inputs).logits
+        logits = model(**inputs).logits
     finally:
         handle.remove()
     loss = F.cross_entropy(logits.float(), labels, reduction="sum")
     (loss / labels.new_ones(())).backward()
 
 
-def _in_chunks(base: Any, inputs: dict[str, Any], labels: Tensor, mark: Mark) -> None:
+def _in_chunks(model: Any, inputs: dict[str, Any], labels: Tensor, mark: Mark) -> None:
     """TRL's fused head: log-probabilities of the learnt tokens, a tile of logits at a time."""
     from trl.kernels import chunked_logprob as fused
     from trl.trainer import utils
 
-    head = base.get_output_embeddings()
-    name = next(n for n, module in base.named_modules() if module is head)
-    hidden = base.base_model(**inputs).last_hidden_state
-    config = base.config.get_text_config()
-    nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
-    with (
-        # On a GPU these are kernels that work in place.
-        mock.patch.object(fused, "_forward_tile", nothing),
-        mock.patch.object(fused, "_backward_tile", nothing),
-        mock.patch.object(fused, "_addmm_fp32", nothing),
-        mock.patch.object(utils, "maybe_gather_lm_head_ctx", lambda *_: _Gathered(mark, name)),
-    ):
+    base = model.get_base_model()
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    name = next(n for n, module in model.named_modules() if module is head)
+
+    def forward(**given: Any) -> dict[str, Tensor]:
+        hidden = base.base_model(**given).last_hidden_state
         with _Gathered(mark, name):
-            log_probs, entropy, *_ = fused.ChunkedLogProbFunction.apply(
+            log_probs, *_ = fused.ChunkedLogProbFunction.apply(
                 _Pick.apply(hidden, len(labels)),
                 head.weight,
                 head.bias,
@@ -77,8 +72,18 @@ def _in_chunks(base: Any, inputs: dict[str, Any], labels: Tensor, mark: Mark) ->
                 1.0,
                 ("log_probs", "entropy", "is_top1"),
             )
-        del entropy
-        (-log_probs.sum()).backward()
+        return {"log_probs": log_probs}
+
+    nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
+    with (
+        # On a GPU these are kernels that work in place.
+        mock.patch.object(fused, "_forward_tile", nothing),
+        mock.patch.object(fused, "_backward_tile", nothing),
+        mock.patch.object(fused, "_addmm_fp32", nothing),
+        mock.patch.object(utils, "maybe_gather_lm_head_ctx", lambda *_: _Gathered(mark, name)),
+        mock.patch.object(base, "forward", forward),
+    ):
+        (-model(**inputs)["log_probs"].sum()).backward()
 
 
 class _Gathered:
@@ -95,7 +100,7 @@ class _Gathered:
 
 
 class _Pick(torch.autograd.Function):
-    """`hidden[:, :-1][learnt]` for a number of learnt positions: (count, hidden) of (batch, length, hidden)."""
+    """`hidden[:, :-1][learnt]` for a number of learnt positions: (count, width) of (batch, length, width)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, count: int) -> Tensor:

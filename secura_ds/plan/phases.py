@@ -67,7 +67,7 @@ def stepping(subject: Subject) -> int:
 
 
 def host(subject: Subject, per_node: int, offloaded: int) -> dict[str, int]:
-    """Main memory of a node by use, all its processes together, beside what CPU ranks hold as their device."""
+    """Main memory of a node by use, all its processes together, beside what CPU ranks hold as devices."""
     if subject.device == "cuda":
         load = _largest(subject)
         if subject.zero.stage != 3 and subject.recipe.backbone.quantization is None:

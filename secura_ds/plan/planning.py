@@ -14,10 +14,10 @@ from transformers import PreTrainedConfig
 from secura_ds.errors import UserError
 from secura_ds.plan import disk, kernels, phases, traffic
 from secura_ds.plan.blueprint import draw
-from secura_ds.plan.gathering import Gathered, Limits, Weight, gathered
-from secura_ds.plan.parts import AtRest, at_rest, bucket_bytes, weight
-from secura_ds.plan.settings import Devices, Zero
-from secura_ds.plan.simulation import Event, Pass, Work, reads, simulate
+from secura_ds.plan.gathering import Gathered, Limits, gathered
+from secura_ds.plan.parts import at_rest, bucket_bytes, weight
+from secura_ds.plan.settings import Zero
+from secura_ds.plan.simulation import Event, Work, reads, simulate
 from secura_ds.recipe import Recipe
 
 STEP_PARTS = ("gathered_weights", "activations", "logits_and_loss", "backward_buckets", "library_workspaces")
@@ -44,11 +44,11 @@ class Plan:
     parts: dict[str, int] = field(default_factory=dict)
     """What a rank's device holds when a training step needs most, by part."""
     phases: dict[str, int] = field(default_factory=dict)
-    """The most that a rank's device holds while loading, calibrating, training and in the optimizer's step."""
+    """The most that a rank's device holds while loading, calibrating, training and stepping."""
     untouched: int = 0
     """Bytes of `parts` that are allocated but never written, so that a CPU never provides them."""
     host: dict[str, int] = field(default_factory=dict)
-    """Main memory of one node, by use, all its ranks together; besides what CPU ranks hold as their device."""
+    """Main memory of one node, by use, all its ranks together; besides what CPU ranks hold as devices."""
     disk: dict[str, int] = field(default_factory=dict)
     """Size of a checkpoint, of what checkpoints share, of the adapter and of a merged model."""
     traffic: dict[str, int] = field(default_factory=dict)
@@ -200,7 +200,7 @@ def gathers(model: PeftModel, events: Sequence[Event], zero: Zero, ranks: int, d
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     by_module = {
         name: [weight(names[id(p)], p, zero, ranks) for p in reads(module).values()]
-        for name, module in model.get_base_model().named_modules()
+        for name, module in model.named_modules()
         if reads(module)
     }
     return gathered(events, by_module, Limits(zero.prefetch, zero.live, zero.reuse), copies=device == "cpu")

@@ -36,7 +36,7 @@ class Zero:
 
     @classmethod
     def read(cls, settings: Mapping[str, Any] | None, hidden_size: int) -> Zero:
-        """The settings in a DeepSpeed configuration, DeepSpeed's defaults and transformers' "auto" filled in."""
+        """A DeepSpeed configuration's settings, DeepSpeed's defaults and transformers' "auto" filled in."""
         if settings is None:
             return cls()
         given = settings["zero_optimization"]

@@ -171,9 +171,7 @@ def _candidates(recipe: Recipe, planned: Plan) -> Iterator[_Candidate]:
     if training.micro_batch_size > 1:
         half = training.micro_batch_size // 2
         passes = training.gradient_accumulation_steps * training.micro_batch_size // half
-        yield override(
-            f"training.micro_batch_size={half}", f"training.gradient_accumulation_steps={passes}"
-        )
+        yield override(f"training.micro_batch_size={half}", f"training.gradient_accumulation_steps={passes}")
     if recipe.data.max_length > 256:
         yield override(f"data.max_length={recipe.data.max_length // 2}")
     if planned.zero_stage == 0 and training.optimizer != "paged_adamw_8bit" and on_gpu:
@@ -184,5 +182,3 @@ def _candidates(recipe: Recipe, planned: Plan) -> Iterator[_Candidate]:
         yield override(f"training.deepspeed={json.dumps(OFFLOAD)}")
     if planned.zero_stage == 3 and on_gpu:
         yield _Candidate(f"twice the GPUs ({2 * ranks})", (), 2 * ranks)
-
-

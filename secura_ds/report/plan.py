@@ -79,7 +79,9 @@ def verdict_text(verdict: Verdict, changes: Sequence[Change], nodes: int = 1) ->
         return f"needs {needs}; give --gpu-memory for a verdict"
     lines = []
     if verdict.excess > 0:
-        lines.append(f"does not fit: needs {needs}, {memory(verdict.excess)} more than {memory(verdict.limit)}")
+        lines.append(
+            f"does not fit: needs {needs}, {memory(verdict.excess)} more than {memory(verdict.limit)}"
+        )
     if verdict.host_excess > 0:
         lines.append(
             f"does not fit main memory: a node needs {memory(verdict.host_needed)}, "

@@ -43,6 +43,7 @@ from secura_ds.training.callbacks import (
     cut_log,
     peak_memory,
 )
+from secura_ds.training.memory import check_memory
 from secura_ds.training.model import build_model, describe_adapter, frozen_factors, trainable
 from secura_ds.training.ranks import on_main
 from secura_ds.training.trainer import Trainer
@@ -63,6 +64,8 @@ class RunSummary:
     tokens: int
     signal: int | None = None
     """The signal that interrupted the run."""
+    planned_memory_bytes: int | None = None
+    """What the plan said before the run; None without a memory check."""
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> RunSummary:
@@ -85,6 +88,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
     on_main(lambda: folders.check(folder, resume=resume, overwrite=overwrite, reads=text))
     # The data first: what is wrong with it shows before minutes go into loading and calibrating.
     train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
+    planned = check_memory(recipe, train_rows, settings)
     found = on_main(lambda: _find_checkpoint(recipe, folder)) if resume else None
     trainer = _make_trainer(
         recipe, folder, arguments, settings, (train_rows, validation), found, overwrite=overwrite
@@ -101,6 +105,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
         steps=trainer.state.global_step,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory(),
+        planned_memory_bytes=planned.per_rank_bytes if planned is not None else None,
         trainable_parameters=_count(trainer.model),
         tokens=int(trainer.total_tokens),
         signal=agreement.stopped_by,
