@@ -8,27 +8,32 @@ not what the operating system has put behind it, and both are exact.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
+from secura_ds.plan import Work
+
 
 @dataclass
 class Measured:
-    """Bytes of one process: what it holds between steps, by part, and the most it held within one."""
+    """Bytes of one process: what it holds between steps, by part, and the most it holds within one."""
 
-    between_steps: dict[str, int] = field(default_factory=dict)
+    at_rest: dict[str, int] = field(default_factory=dict)
     step_peak: int = 0
-    """The most that was held at once during the measured step."""
+    work: Work | None = None
+    """The largest forward pass of the measured step."""
 
     @property
     def held(self) -> int:
         """Everything that is held between steps."""
-        return sum(self.between_steps.values())
+        return sum(self.at_rest.values())
 
 
 class Counter(TrainerCallback):
@@ -36,30 +41,39 @@ class Counter(TrainerCallback):
 
     Args:
         before: addresses of storages that are not this run's, of `addresses()` before it began.
-        step: which step, counted from 0; the third is the first that DeepSpeed runs with its full trace.
+        step: which step, counted from 0; the third is the second that DeepSpeed runs with its full trace.
     """
 
     def __init__(self, trainer: Any, before: set[int], step: int = 2) -> None:
         self.trainer, self.before, self.step = trainer, before, step
         self.measured = Measured()
         self._profile: profile | None = None
+        self._training_step = trainer.training_step
+        trainer.training_step = self._watched_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Take the census and start to listen."""
-        if state.global_step != self.step:
-            return
-        self.measured.between_steps = census(self.trainer.model, self.trainer.optimizer, self.before)
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profile.__enter__()
+        if state.global_step == self.step:
+            self.measured.at_rest = census(self.trainer.model, self.trainer.optimizer, self.before)
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._profile.__enter__()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End listening: the optimizer has stepped."""
-        if self._profile is None or self.measured.step_peak:
-            return
-        self._profile.__exit__(None, None, None)
-        self.measured.step_peak = self.measured.held + highest_sum(events(self._profile))
-        self.last = self._profile
-        self._profile = None
+        if self._profile is not None:
+            self._profile.__exit__(None, None, None)
+            self.measured.step_peak = self.measured.held + highest_sum(events(self._profile))
+            self._profile = None
+
+    def _watched_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self._profile is not None:
+            mask = inputs.get("attention_mask")
+            padded = mask is not None and not bool(mask.all())
+            learnt = int((inputs["labels"][:, 1:] != -100).sum())
+            work = Work(*inputs["input_ids"].shape, learnt, padded=padded, packed=mask is None)
+            self.measured.work = max(self.measured.work or work, work)
+        loss: Tensor = self._training_step(model, inputs, *args, **kwargs)
+        return loss
 
 
 def events(profiled: profile) -> list[int]:
@@ -87,78 +101,65 @@ def addresses() -> set[int]:
 
 
 def census(model: nn.Module, optimizer: Any, before: set[int]) -> dict[str, int]:
-    """Bytes of every live tensor storage, each counted once, by the part of training it belongs to."""
+    """Bytes of every live tensor storage, each counted once, by the part of a plan that it belongs to."""
     seen = set(before)
-    parts: dict[str, int] = {}
-    for part, tensors in _parts(model, optimizer).items():
-        parts[part] = sum(_new(tensor, seen) for tensor in tensors())
-    parts["other"] = sum(_new(tensor, seen) for tensor in _live_tensors())
-    return parts
+    parts = {
+        part: sum(_new(tensor, seen) for tensor in tensors())
+        for part, tensors in _parts(model, getattr(optimizer, "optimizer", optimizer)).items()
+    }
+    return {**parts, "other": sum(_new(tensor, seen) for tensor in _live_tensors())}
 
 
 def _parts(model: nn.Module, optimizer: Any) -> dict[str, Callable[[], list[Tensor]]]:
-    parameters = list(model.parameters())
+    """Each part's tensors; a storage counts for the first that names it."""
+    parameters: list[Any] = list(model.parameters())
     frozen = [p for p in parameters if not p.requires_grad]
     trained = [p for p in parameters if p.requires_grad]
-    inner = getattr(optimizer, "optimizer", optimizer)
+    flat = getattr(optimizer, "fp32_partitioned_groups_flat", None)
+    masters = flat or getattr(optimizer, "single_partition_of_fp32_groups", [])
+    buffers = dict(model.named_buffers())
     return {
-        "weights": lambda: _storages(frozen),
-        "quantization constants": lambda: [t for p in frozen for t in _constants(p)],
-        "adapter": lambda: _storages(trained),
-        "adapter buffers": lambda: [b for n, b in model.named_buffers() if "secura_" in n],
-        "model buffers": lambda: [b for n, b in model.named_buffers() if "secura_" not in n],
-        "fp32 masters": lambda: [*_listed(inner, "fp32_partitioned_groups_flat"),
-                                 *_listed(inner, "single_partition_of_fp32_groups")],
-        "optimizer": lambda: _state(inner),
+        "frozen_weights": lambda: [getattr(p, "ds_tensor", p.data) for p in frozen],
+        "adapter_weights": lambda: [getattr(p, "ds_tensor", p.data) for p in trained],
+        "persistent_weights": lambda: [p.data for p in parameters],
+        "quantization_constants": lambda: [t for p in frozen for t in _constants(p)],
+        "adapter_buffers": lambda: [b for name, b in buffers.items() if ".secura_" in name],
+        "model_buffers": lambda: list(buffers.values()),
+        "fp32_masters": lambda: list(masters),
+        "optimizer_state": lambda: _state(getattr(optimizer, "optimizer", optimizer)),
         "gradients": lambda: _present(
-            getattr(inner, "grad_partitions_flat_buffer", None), *(p.grad for p in trained)
+            getattr(optimizer, "grad_partitions_flat_buffer", None), *(p.grad for p in trained)
         ),
-        "reduce bucket": lambda: _buckets(inner),
-    }  # fmt: skip
-
-
-def _storages(parameters: list[Any]) -> list[Tensor]:
-    """A parameter's own storage and, where ZeRO-3 has cut it, the slice that this process keeps."""
-    return [*(p.data for p in parameters), *(p.ds_tensor for p in parameters if hasattr(p, "ds_tensor"))]
+        "reduce_buckets": lambda: _buckets(optimizer),
+    }
 
 
 def _constants(parameter: Any) -> list[Tensor]:
     state = getattr(parameter, "quant_state", None)
     if state is None:
         return []
-    found = [state.absmax, state.code, state.offset]
-    if state.nested:
-        found += [state.state2.absmax, state.state2.code]
-    return [tensor for tensor in found if tensor is not None]
+    nested = state.state2 if state.nested else None
+    return _present(state.absmax, state.code, state.offset, *((nested.absmax, nested.code) if nested else ()))
+
+
+def _state(optimizer: Any) -> list[Tensor]:
+    return [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+
+
+def _buckets(optimizer: Any) -> list[Tensor]:
+    held = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
+    return _present(*(buffer for item in held for buffer in (item if isinstance(item, list) else [item])))
 
 
 def _present(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def _listed(optimizer: Any, name: str) -> list[Tensor]:
-    return list(getattr(optimizer, name, []))
-
-
-def _state(optimizer: Any) -> list[Tensor]:
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return [v for state in inner.state.values() for v in state.values() if isinstance(v, Tensor)]
-
-
-def _buckets(optimizer: Any) -> list[Tensor]:
-    buckets = getattr(optimizer, "ipg_buckets", {})
-    held = [getattr(bucket, "buffer", None) for bucket in buckets.values()]
-    return [
-        tensor
-        for item in held
-        for tensor in (item if isinstance(item, list) else [item])
-        if tensor is not None
-    ]
-
-
 def _live_tensors() -> list[Tensor]:
     gc.collect()
-    return [item for item in gc.get_objects() if isinstance(item, Tensor) and item.device.type == "cpu"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # looking at some deprecated objects warns
+        return [o for o in gc.get_objects() if isinstance(o, Tensor) and o.device.type == "cpu"]
 
 
 def _new(tensor: Tensor, seen: set[int]) -> int:

@@ -17,7 +17,7 @@ MOMENTS = 2
 
 
 def sizes(recipe: Recipe, model: PeftModel) -> dict[str, int]:
-    """Bytes of one checkpoint, of the factors that all checkpoints share, of the adapter, of a merged model."""
+    """Bytes of a checkpoint, of the factors that all checkpoints share, of the adapter, of a merged model."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     buffers = {n: b.nbytes for n, b in model.named_buffers() if ".secura_" in n}
     accumulators = sum(size for name, size in buffers.items() if ".secura_U." in name)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from secura_ds.adapter import restrained
-from secura_ds.method.cabr import row_blocks
 
 aten = torch.ops.aten
 
@@ -114,13 +113,12 @@ def _attention(device: str) -> Any:
 
 
 def _grid(device: str) -> Any:
-    """The row blocks of W+ on `device`; on CPUs two of them, which take the memory of all."""
+    """The row blocks of W+ on `device`; two of a CPU's many, which take the memory of all."""
     real = restrained.block_grid
 
     def grid(num_rows: int, num_columns: int, _device: str) -> list[slice]:
-        if device != "cpu":
-            return list(real(num_rows, num_columns, device))
-        return list(row_blocks(num_rows, num_columns))[:2]
+        blocks: list[slice] = real(num_rows, num_columns, device)
+        return blocks[:2] if device == "cpu" else blocks
 
     return grid
 

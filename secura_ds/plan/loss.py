@@ -34,7 +34,7 @@ def forward_and_backward(model: PeftModel, work: Work, device: str, mark: Mark) 
 
 
 def _at_learnt_positions(model: Any, inputs: dict[str, Any], labels: Tensor) -> None:
-    """As `training.Trainer.compute_loss`: the head runs where something is learnt, with whole logits there."""
+    """As `training.Trainer.compute_loss`: the head runs where something is learnt, with whole logits."""
     head = model.get_base_model().get_output_embeddings()
 
     def select(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
