@@ -148,14 +148,19 @@ def _restrain(w: Tensor, d: Tensor, M: Tensor, restraint: Restraint, out: Tensor
 
 def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Row blocks of W in `dtype`, each with a buffer of its shape; both are valid until the next block."""
-    num_rows, num_columns = weight.shape
-    grid = list(row_blocks(num_rows, num_columns, _CPU_ELEMENTS))
-    if weight.device.type != "cpu":
-        height = max(1, _ACCELERATOR_ELEMENTS // num_columns)
-        grid = [slice(at, min(at + height, num_rows)) for at in range(0, num_rows, height)]
+    num_columns = weight.shape[1]
+    grid = block_grid(weight.shape[0], num_columns, weight.device.type)
     buffer = torch.empty(grid[0].stop, num_columns, dtype=dtype, device=weight.device)
     widened = None if weight.dtype == dtype else torch.empty_like(buffer)
     for rows in grid:
         height = rows.stop - rows.start
         w = weight[rows] if widened is None else widened[:height].copy_(weight[rows])
         yield rows, w, buffer[:height]
+
+
+def block_grid(num_rows: int, num_columns: int, device: str) -> list[slice]:
+    """The row blocks that W+ is formed in on a kind of device ("cpu", "cuda")."""
+    if device == "cpu":
+        return list(row_blocks(num_rows, num_columns, _CPU_ELEMENTS))
+    height = max(1, _ACCELERATOR_ELEMENTS // num_columns)
+    return [slice(at, min(at + height, num_rows)) for at in range(0, num_rows, height)]

@@ -54,8 +54,9 @@ def least_important_from_norms(row_sq: Tensor, column_sq: Tensor, rank: int) -> 
         ValueError: `rank` is out of bounds, or the chosen rows or columns are all zero.
     """
     check_rank(rank, len(row_sq), len(column_sq))
-    rows = torch.argsort(row_sq, stable=True)[:rank]
-    columns = torch.argsort(column_sq, stable=True)[:rank]
+    # A slice would keep the whole order alive, for every layer.
+    rows = torch.argsort(row_sq, stable=True)[:rank].clone()
+    columns = torch.argsort(column_sq, stable=True)[:rank].clone()
     _refuse_zero(row_sq[rows], column_sq[columns], (len(row_sq), len(column_sq)))
     return rows, columns
 

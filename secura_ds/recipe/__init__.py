@@ -1,7 +1,7 @@
 """The one schema of a recipe: typed, strict, all errors at once, JSON Schema for editors."""
 
 from secura_ds.recipe.adapter import Calibration, LoraAdapter, SecuraAdapter, SMagNorm
-from secura_ds.recipe.loading import load_recipe, recipe_schema
+from secura_ds.recipe.loading import changed, load_recipe, recipe_schema
 from secura_ds.recipe.schema import (
     BackboneRecipe,
     DataRecipe,
@@ -28,6 +28,7 @@ __all__ = [
     "Source",
     "Task",
     "TrainingRecipe",
+    "changed",
     "load_recipe",
     "recipe_schema",
 ]

@@ -50,6 +50,25 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def changed(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `a.b=c` overrides as `load_recipe` takes them.
+
+    Raises:
+        UserError: all problems, one a line.
+    """
+    values = recipe.resolved()
+    problems = [problem for text in overrides if (problem := _override(values, text))]
+    try:
+        result = Recipe.model_validate(values, context={"folder": recipe.folder})
+    except ValidationError as error:
+        names = [text.partition("=")[0].strip() for text in overrides]
+        problems += [_explain(details, names) for details in error.errors(include_url=False)]
+    if problems:
+        raise UserError("\n".join(problems))
+    result._folder = recipe.folder
+    return result
+
+
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors; `recipes/recipe.schema.json` holds it."""
     return {

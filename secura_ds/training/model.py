@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -15,10 +14,11 @@ from transformers.trainer_utils import set_seed
 
 from secura_ds import sharding
 from secura_ds.adapter import SecuraConfig, secura_layers
-from secura_ds.backbones import check_targets, load_model, load_tokenizer
+from secura_ds.backbones import load_model, load_tokenizer
+from secura_ds.backbones.adapter import adapter_config
 from secura_ds.calibration import Calibration, calibrate
 from secura_ds.errors import UserError
-from secura_ds.recipe import LoraAdapter, Recipe
+from secura_ds.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def build_model(
     set_seed(recipe.training.seed)
     tokenizer = load_tokenizer(recipe.backbone)
     model = load_model(recipe.backbone).requires_grad_(False)
-    config = adapter_config(recipe, model)
+    config = adapter_config(recipe, model.config)
     if is_deepspeed_zero3_enabled():
         sharding.assert_partitioned(model)
     if device is not None:
@@ -68,44 +68,6 @@ def build_model(
     if sharded:
         _one_dtype(adapted, getattr(torch, recipe.backbone.dtype))
     return adapted, tokenizer
-
-
-def adapter_config(recipe: Recipe, model: PreTrainedModel) -> PeftConfig:
-    """The PEFT configuration of the recipe's adapter, the family's default targets filled in."""
-    adapter = recipe.adapter
-    targets = check_targets(model.config, adapter)
-    common: dict[str, Any] = {
-        "task_type": "CAUSAL_LM",
-        "target_modules": targets,
-        "exclude_modules": adapter.exclude_modules,
-        "modules_to_save": adapter.modules_to_save,
-    }
-    if isinstance(adapter, LoraAdapter):
-        return LoraConfig(
-            r=adapter.rank,
-            lora_alpha=adapter.alpha,
-            lora_dropout=adapter.dropout,
-            use_dora=adapter.method == "dora",
-            **common,
-        )
-    calibration = adapter.calibration.model_dump()
-    if calibration["text"] is not None:
-        calibration["text"] = str(recipe.resolve_path(calibration["text"]))
-    return SecuraConfig(
-        cur_rank=adapter.cur_rank,
-        inner_rank=adapter.inner_rank,
-        scaling=adapter.scaling,
-        selection=adapter.selection,
-        init=adapter.init,
-        strategy=adapter.strategy,
-        fold_every=adapter.fold_every,
-        smagnorm=adapter.smagnorm.model_dump(exclude_none=True),
-        calibration=calibration,
-        seed=recipe.training.seed,
-        rank_pattern=adapter.rank_pattern,
-        inner_rank_pattern=adapter.inner_rank_pattern,
-        **common,
-    )
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -44,6 +44,7 @@ from secura_ds.training.callbacks import (
     peak_memory,
 )
 from secura_ds.training.export import export, require_exportable, require_names
+from secura_ds.training.memory import check_memory
 from secura_ds.training.model import build_model, describe_adapter, frozen_factors, trainable
 from secura_ds.training.ranks import on_main
 from secura_ds.training.trainer import Trainer
@@ -67,6 +68,8 @@ class RunSummary:
     """The signal that interrupted the run."""
     merged: str | None = None
     """The merged checkpoint, where the recipe asks for one."""
+    planned_memory_bytes: int | None = None
+    """What the plan said before the run; None without a memory check."""
 
 
 def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> RunSummary:
@@ -106,6 +109,7 @@ def _train(
         base = on_main(lambda: require_exportable(recipe, folder, resume=resume, overwrite=overwrite))
     # The data first: what is wrong with it shows before minutes go into loading and calibrating.
     train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
+    planned = check_memory(recipe, train_rows, settings)
     found = on_main(lambda: _find_checkpoint(recipe, folder)) if resume else None
     trainer = _make_trainer(
         recipe, folder, arguments, settings, (train_rows, validation), found, base, overwrite=overwrite
@@ -121,6 +125,7 @@ def _train(
         steps=trainer.state.global_step,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory(),
+        planned_memory_bytes=planned.per_rank_bytes if planned is not None else None,
         trainable_parameters=_count(trainer.model),
         tokens=int(trainer.total_tokens),
         signal=agreement.stopped_by,

@@ -1,0 +1,159 @@
+"""The most that a process holds outside the forward and backward pass: loading, calibrating, stepping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedConfig
+
+from secura_ds.adapter import secura_layers
+from secura_ds.calibration.factors import MEMORY_LIMIT
+from secura_ds.calibration.moments import FORWARD_BATCH
+from secura_ds.calibration.text import GENERATION_BATCH, SEQUENCE_LENGTH
+from secura_ds.plan.disk import backbone_elements, count, trained_bytes
+from secura_ds.plan.parts import FP32, AtRest
+from secura_ds.plan.settings import Zero
+from secura_ds.recipe import Recipe, SecuraAdapter
+
+FP64 = 8
+PROCESS = int(1.5 * 2**30)  # main memory of a process before it holds a tensor: Python, PyTorch, CUDA's part
+SAMPLING = 21  # bytes per entry of the vocabulary while a token is drawn: fp32 and fp64 copies, and a mask
+SOLVING = 5  # fp32 matrices (in, in) that an eigen-decomposition holds: input, vectors, workspace, a copy
+SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+class Subject(NamedTuple):
+    """What a phase is planned for."""
+
+    recipe: Recipe
+    config: PreTrainedConfig
+    model: PeftModel
+    rest: AtRest
+    zero: Zero
+    ranks: int
+    device: str
+
+
+def loading(subject: Subject) -> int:
+    """The device while weights load: what stays, and the tensor at hand (under ZeRO-3 its slice is cut)."""
+    return _backbone(subject) + _largest(subject)
+
+
+def calibrating(subject: Subject) -> int:
+    """The device while R is computed from activations; 0 where the recipe calls for none."""
+    adapter = subject.recipe.adapter
+    if not isinstance(adapter, SecuraAdapter) or adapter.selection != "calibrated":
+        return 0
+    writing = 0 if adapter.calibration.text else _writing(subject)
+    return _backbone(subject) + max(writing, _measuring(subject), _solving(subject))
+
+
+def stepping(subject: Subject) -> int:
+    """The device in the optimizer's step: fp32 gradients and what AdamW makes of them."""
+    rest, zero = subject.rest, subject.zero
+    at_once = rest.slices
+    if zero.stage == 0:
+        trained = [p.numel() for p in subject.model.parameters() if p.requires_grad]
+        # On a GPU AdamW works on all parameters together, on a CPU one after the other.
+        at_once = sum(trained) if subject.device == "cuda" else max(trained)
+        gradients = 0 if subject.rest.device["gradients"] else sum(trained) * FP32
+    else:
+        gradients = rest.slices * FP32 + trained_bytes(subject.model)
+    return sum(rest.device.values()) + gradients + 2 * at_once * FP32
+
+
+def host(subject: Subject, per_node: int, offloaded: int) -> dict[str, int]:
+    """Main memory of a node by use, all its processes together, beside what CPU ranks hold as devices."""
+    if subject.device == "cuda":
+        load = _largest(subject)
+        if subject.zero.stage != 3 and subject.recipe.backbone.quantization is None:
+            load = backbone_elements(subject.model) * _itemsize(subject)  # loaded whole, then moved
+    else:
+        load = 0
+    return {
+        "processes": PROCESS * per_node,
+        "loading": load * per_node,
+        "offloaded_weights": subject.rest.host.get("frozen_weights", 0) * per_node,
+        "optimizer": sum(v for k, v in subject.rest.host.items() if k != "frozen_weights") * per_node,
+        "offloaded_activations": offloaded * per_node,
+    }
+
+
+def _itemsize(subject: Subject) -> int:
+    return int(getattr(torch, subject.recipe.backbone.dtype).itemsize)
+
+
+def _backbone(subject: Subject) -> int:
+    """What the device holds of the backbone before there is an adapter."""
+    parts = ("frozen_weights", "quantization_constants", "model_buffers")
+    return sum(subject.rest.device[part] for part in parts)
+
+
+def _largest(subject: Subject) -> int:
+    """Bytes of the largest weight of the backbone, before it is packed."""
+    return max(count(p) for p in subject.model.parameters() if not p.requires_grad) * _itemsize(subject)
+
+
+def _writing(subject: Subject) -> int:
+    """Writing text token by token: the cache, a draw from the vocabulary, and weights that stay whole."""
+    config = subject.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    itemsize = _itemsize(subject)
+    tokens = GENERATION_BATCH * SEQUENCE_LENGTH
+    # The cache grows by copying a layer's part at a time.
+    cache = 2 * tokens * heads * width * itemsize * (config.num_hidden_layers + 1)
+    drawing = GENERATION_BATCH * config.vocab_size * (itemsize + SAMPLING)
+    return cache + drawing + _whole(subject, keep=MEMORY_LIMIT)
+
+
+def _measuring(subject: Subject) -> int:
+    """Second moments of layers' inputs, and a pass of the text through one layer without gradients."""
+    groups = _inputs(subject)
+    moments = _within_limit(FP64 * width**2 for width in groups)
+    config = subject.config.get_text_config()
+    tokens = FORWARD_BATCH * min(SEQUENCE_LENGTH, config.max_position_embeddings)
+    passing = tokens * (4 * config.hidden_size + 3 * config.intermediate_size) * _itemsize(subject)
+    widened = FP32 * tokens * max(groups)
+    return moments + passing + widened + _whole(subject, keep=0)
+
+
+def _solving(subject: Subject) -> int:
+    """Each rank's share of the moments with their eigenvectors, one decomposition at a time."""
+    groups = _inputs(subject)
+    own = -(-len(groups) // subject.ranks)
+    pairs = sorted((2 * FP32 * width**2 for width in groups), reverse=True)[:own]
+    return _within_limit(pairs) + SOLVING * FP32 * max(groups) ** 2 + _largest(subject)
+
+
+def _within_limit(sizes: Iterable[int]) -> int:
+    """What is held of several moments at once: calibration takes as many as fit its limit, one at least."""
+    held = list(sizes)
+    return min(sum(held), max(MEMORY_LIMIT, max(held)))
+
+
+def _whole(subject: Subject, *, keep: int) -> int:
+    """Weights that are whole at a time beside the slices: the largest, and `keep` bytes of others."""
+    largest = _largest(subject)
+    if subject.zero.stage != 3 or subject.ranks == 1:
+        return largest if subject.recipe.backbone.quantization is not None else 0
+    return largest + min(keep, subject.rest.device["frozen_weights"] * subject.ranks)
+
+
+def _inputs(subject: Subject) -> list[int]:
+    """Widths of the distinct inputs of adapted layers."""
+    seen: dict[tuple[str, frozenset[str]], int] = {}
+    for name, layer in secura_layers(subject.model).items():
+        parent, _, own = name.rpartition(".")
+        group = next((frozenset(names) for names in SAME_INPUT if own in names), frozenset({own}))
+        seen[parent, group] = layer.in_features
+    return list(seen.values())
+
+
+def base_layers(model: PeftModel) -> list[nn.Module]:
+    """The adapted layers' own modules."""
+    return [layer.get_base_layer() for layer in secura_layers(model).values()]
