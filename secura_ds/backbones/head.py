@@ -125,7 +125,7 @@ def _chunk(
 
 
 def _losses(z: Tensor, target: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (rows,), exp(z - max z) and its sums (rows, 1), in fp32. Overwrites fp32 logits without a cap."""
+    """Losses (rows,), exp(z - max z) and its sums (rows, 1), in fp32; overwrites fp32 logits without cap."""
     if softcap is None:
         exponentials = z.float()
     else:
@@ -156,8 +156,8 @@ def computes_summed_loss(model: PreTrainedModel) -> bool:
 def add_summed_loss(model: PreTrainedModel) -> None:
     """Let `model(..., targets=targets)` return its summed loss, 0-d fp32, instead of logits.
 
-    Targets (batch, length) int64 are those of the next token, `IGNORED` where nothing is learnt; the head runs at
-    the others only. It runs as a module, so that ZeRO-3 gathers its weight once and PEFT finds its copy.
+    Targets (batch, length) int64 are those of the next token, `IGNORED` where nothing is learnt; the head
+    runs at the others only, as a module, so that ZeRO-3 gathers its weight once and PEFT finds its copy.
     """
     linear = _linear(model)
     softcap = getattr(model.config, "final_logit_softcapping", None)
