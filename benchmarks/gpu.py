@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from secura_ds.plan import plan
 from tokenizers import Tokenizer, models
 from transformers import (
     PreTrainedConfig,
@@ -50,6 +49,7 @@ from secura_ds.backbones import (
 from secura_ds.environment import describe_environment
 from secura_ds.errors import run_command
 from secura_ds.files import atomic_write_json
+from secura_ds.plan import plan
 from secura_ds.recipe import Recipe, load_recipe
 from secura_ds.report.table import format_table
 from secura_ds.training.arguments import make_arguments
