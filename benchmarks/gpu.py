@@ -27,25 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from tokenizers import Tokenizer, models
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    TrainerCallback,
-)
+from random_backbone import random_backbone, random_tokens, shape_of, tokenizer_of
+from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainerCallback
 
 from secura_ds import sharding
-from secura_ds.backbones import (
-    choose_attention,
-    empty_model,
-    quantization_config,
-    replace_linear,
-    shipped_config,
-)
 from secura_ds.environment import describe_environment
 from secura_ds.errors import run_command
 from secura_ds.files import atomic_write_json
@@ -74,16 +60,6 @@ PEAK_FLOPS = {
 # torchtune's published figure for QLoRA of Llama3 8B at batch 2 on a 24 GB card, and ours with offloading.
 MEMORY_GOAL, OFFLOAD_GOAL = 7.4, 6.5
 REFERENCE = "lora"
-TOY = {
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-    "head_dim": 16,
-    "layer_types": None,
-}
 
 
 def contenders(arguments: argparse.Namespace, lora_rank: int) -> dict[str, list[str]]:
@@ -116,40 +92,6 @@ def contenders(arguments: argparse.Namespace, lora_rank: int) -> dict[str, list[
         "secura, merge": secura("merge"),
         "secura, forward": secura("forward"),
     }
-
-
-def random_backbone(recipe: Recipe, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
-    """A model of `config` with random weights on `device`, quantized if the recipe says so."""
-    dtype = getattr(torch, recipe.backbone.dtype)
-    kernel, _ = choose_attention(config, recipe.backbone.attention, dtype=recipe.backbone.dtype)
-    model = empty_model(config, dtype=dtype, attention=kernel)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if recipe.backbone.quantization is not None:
-        replace_linear(model, quantization_config(recipe.backbone))
-
-    def draw(name: str) -> torch.Tensor:
-        value = torch.empty(shapes[name], dtype=dtype, device=device)
-        return value.fill_(1.0) if value.dim() == 1 else value.normal_(0.0, 0.02)
-
-    for _ in sharding.load_parameters(model, draw, device):
-        pass
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    sharding.keep_exact(model)
-    return model.requires_grad_(False)
-
-
-def random_tokens(vocabulary: int, rows: int, length: int) -> Dataset:
-    """Examples of random tokens, all learnt: the worst case for the loss."""
-    ids = torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0)).tolist()
-    return Dataset.from_dict({"input_ids": ids, "labels": ids, "attention_mask": [[1] * length] * rows})
-
-
-def tokenizer_of(vocabulary: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with the pad and end tokens that the collator asks for; no text is tokenized."""
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
 class StepClock(TrainerCallback):
@@ -190,7 +132,7 @@ def run(recipe: Recipe, base: PreTrainedModel, warmup: int) -> dict[str, Any]:
         trainer = Trainer(
             model,
             arguments,
-            tokenizer_of(config.vocab_size),
+            tokenizer_of(),
             rows,
             None,
             checkpoints=Path(folder),
@@ -325,13 +267,6 @@ def recipe_of(
     return load_recipe(FOLDER / RECIPES[backbone], [*changes, *adapter])
 
 
-def shape_of(recipe: Recipe, *, quick: bool) -> PreTrainedConfig:
-    """The backbone's true configuration, or a toy of the same family."""
-    config = shipped_config(recipe.backbone.model)
-    assert config is not None, recipe.backbone.model
-    return type(config)(**{**config.to_dict(), **TOY}) if quick else config
-
-
 def equal_lora_rank(model: PreTrainedModel, arguments: argparse.Namespace) -> int:
     """The LoRA rank whose trainable parameters come nearest to SECURA's."""
     layers = [m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in arguments.targets]
@@ -412,6 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quick:
         arguments.length, arguments.steps, arguments.warmup, arguments.batches = 64, 2, 1, [1, 2]
         arguments.cur_rank, arguments.inner_rank = 8, 12
+        print("toy shapes: these figures say nothing about 7B-8B models")
     rows = measure(arguments)
     print(
         format_table(
@@ -432,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"{row['tokens_per_second']:.0f}" if "error" not in row else "out of memory",
                     f"{row['flop_utilisation']:.1%}" if row.get("flop_utilisation") else "",
                     f"{row['peak_bytes'] / GIB:.2f}" if row.get("peak_bytes") else "",
-                    f"{row['planned_bytes'] / GIB:.2f}",
+                    f"{row['planned_bytes'] / GIB:.2f}" if row.get("peak_bytes") else "",
                 ]
                 for row in rows
             ],

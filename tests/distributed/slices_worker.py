@@ -1,4 +1,4 @@
-"""What each of four ranks runs for `test_slices.py`; started by the deepspeed launcher, writes JSON.
+"""What each of four ranks runs for `test_sharded_slices.py`; started by the deepspeed launcher, writes JSON.
 
 Groups of one to four of them partition the same weights with DeepSpeed's own `zero.Init` and fold them, with
 every collective and every allocation counted; all four then train a toy model and fold it while DeepSpeed
