@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 PERIOD = 2.0  # seconds between two looks at the others
 PATIENCE = 40.0  # seconds without a sign of life after which a rank on another machine counts as dead
 STORE_PATIENCE = 15.0  # seconds without the store, which lives in the main rank's process or the launcher's
+ARRIVAL = 300.0  # seconds in which all ranks must have begun
 HEARING = 10.0  # seconds in which the reason for a failed collective may still arrive
 
 _RUNS = itertools.count()
@@ -51,10 +52,15 @@ class Watch(threading.Thread):
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._beats = 0
+        self._store_is_gone = False
         self._first: tuple[int, str] | None = None
         self._told: dict[int, tuple[dict[str, Any], float]] = {}
         self._store_answered = time.monotonic()
         self._say(state="runs")
+        # All ranks come here together; from now on each can tell at once when another process is gone.
+        others = [str(rank) for rank in range(self.ranks) if rank != self.rank]
+        self._store.wait(others, timedelta(seconds=ARRIVAL))
+        self._listen()
 
     def run(self) -> None:
         """Look at the others until this rank ends; if one of them has failed, end this process."""
@@ -76,6 +82,8 @@ class Watch(threading.Thread):
             if self._first is not None:
                 return self._first
             try:
+                if self._store_is_gone:
+                    raise ConnectionError  # to try again would only make torch print its stack
                 self._beats += 1
                 self._say(state="runs")
                 if self._store.check(["first"]):
@@ -86,6 +94,7 @@ class Watch(threading.Thread):
                 self._listen()
                 self._store_answered = time.monotonic()
             except Exception:  # torch raises several kinds when the store is gone
+                self._store_is_gone = True
                 if time.monotonic() - self._store_answered > STORE_PATIENCE:
                     return 0, "rank 0 no longer answers: see its last lines above, or those of the launcher"
         return next((dead for rank in self._told if (dead := self._death_of(rank)) is not None), None)

@@ -36,6 +36,13 @@ def spoil(monkeypatch: pytest.MonkeyPatch, edit: Callable[[torch.Tensor], torch.
     monkeypatch.setattr(merge_module, "plan_edits", lambda *a: plan(*a) | dict.fromkeys(names, edit))
 
 
+def noted(partial: Path) -> list[str]:
+    """The shards that the merge working in `partial` has noted as finished."""
+    state = partial / "merge.state.json"
+    done: list[str] = json.loads(state.read_text())["done"] if state.is_file() else []
+    return done
+
+
 def test_two_workers_write_the_bytes_of_one(base: Path, tmp_path: Path) -> None:
     adapter, _, _ = make_quantized(tmp_path, base)
     alone = quick(base, adapter, tmp_path / "one")
@@ -89,10 +96,10 @@ def test_a_worker_that_dies_ends_all_and_what_they_finished_is_kept(
             quick(base, adapter, out, workers=2)
     assert "\n" not in str(caught.value)
     assert multiprocessing.active_children() == []
-    noted = json.loads((partial / "merge.state.json").read_text())["done"]
+    done = noted(partial)
     written = sorted(file.name for file in partial.iterdir() if file.name != "merge.state.json")
     whole = {file.path.name for file in open_checkpoint(base).files} - {last.path.name, before.path.name}
-    assert sorted(noted) == written == sorted(whole)
+    assert sorted(done) == written == sorted(whole)
     assert not out.exists()
     report = quick(base, adapter, out)
     assert report.resumed_bytes == sum((out / name).stat().st_size for name in written)
@@ -120,7 +127,7 @@ def test_ctrl_c_ends_the_command_and_its_workers(base: Path, adapter: Path, tmp_
     )
     count = len(open_checkpoint(base).files) - 1
     deadline = time.monotonic() + 120
-    while len(list(partial.glob("*.safetensors"))) < count:
+    while len(noted(partial)) < count:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
