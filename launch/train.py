@@ -74,6 +74,8 @@ def _quiet() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("secura_ds").setLevel(level)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # transformers accumulates gradients itself and tells accelerate 1, whatever DeepSpeed is told.
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     # Libraries tell each other what will change; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
     if not is_main_process():

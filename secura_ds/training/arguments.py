@@ -52,6 +52,7 @@ def make_arguments(recipe: Recipe, folder: Path, settings: dict[str, Any] | None
         max_grad_norm=training.max_grad_norm,
         optim=training.optimizer,
         activation_checkpointing=training.gradient_checkpointing,
+        activation_offloading=training.activation_offloading and torch.cuda.is_available(),
         seed=training.seed,
         logging_steps=training.logging_steps,
         # A loss that is not finite must show.

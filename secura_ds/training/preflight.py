@@ -13,6 +13,7 @@ from secura_ds import environment
 from secura_ds.errors import UserError
 from secura_ds.recipe import Recipe
 from secura_ds.sharding import refuse_unsupported
+from secura_ds.training.contradictions import contradictions, follow_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,8 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any] | None:
     """The DeepSpeed configuration this process trains with; None for plain training on one device.
 
     Raises:
-        UserError: several processes without a configuration, or a DeepSpeed version or setting that is known
-            not to work.
+        UserError: several processes without a configuration, a configuration without a launcher, or a
+            DeepSpeed version or setting that is known not to work or contradicts the recipe.
     """
     name = recipe.training.deepspeed
     if name is None:
@@ -46,12 +47,10 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any] | None:
             )
         return None
     if not environment.under_launcher():
-        logger.info(
-            "one process without a launcher: training.deepspeed (%s) is not used; "
-            "`deepspeed launch/train.py ...` uses it",
-            name,
+        raise UserError(
+            f'training.deepspeed is "{name}", but this is one process without a launcher: start it with '
+            "`deepspeed launch/train.py ...`, or train on one device with --set training.deepspeed=null"
         )
-        return None
     check_deepspeed_version(_installed_version())
     path = recipe.resolve_path(name)
     try:
@@ -59,7 +58,7 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no readable DeepSpeed configuration ({error})") from error
     _check_settings(settings, recipe, str(path))
-    return dict(settings)
+    return follow_recipe(settings, recipe, environment.world_size())
 
 
 def check_deepspeed_version(version: str) -> None:
@@ -82,12 +81,40 @@ def reentrant_checkpointing(settings: dict[str, Any] | None) -> bool:
 
 
 def check_machine(recipe: Recipe) -> None:
-    """Raise a UserError for a data type that this machine cannot train in, or a tracker that it lacks."""
-    for name in recipe.training.report_to:
+    """Compare the recipe with this machine, before anything is loaded.
+
+    Raises:
+        UserError: a data type or an optimizer that this machine has not, or a tracker that is not installed.
+    """
+    training, dtype, gpu = recipe.training, recipe.backbone.dtype, torch.cuda.is_available()
+    for name in training.report_to:
         if importlib.util.find_spec(name) is None:
             raise UserError(f'training.report_to has "{name}", which is not installed: pip install {name}')
-    if recipe.backbone.dtype == "float16" and not torch.cuda.is_available():
+    if dtype == "float16" and not gpu:
         raise UserError('backbone.dtype is "float16", which needs a GPU: use "bfloat16" or "float32"')
+    if dtype == "bfloat16" and gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        card = torch.cuda.get_device_name()
+        raise UserError(f'backbone.dtype is "bfloat16", which {card} does not compute in: use "float16"')
+    if training.optimizer.startswith("paged") and not gpu:
+        raise UserError(
+            f'training.optimizer is "{training.optimizer}", which pages its state out of a GPU, but there is '
+            'none: use "adamw_torch" or "adamw_8bit"'
+        )
+    if training.activation_offloading and not gpu:
+        logger.warning(
+            "training.activation_offloading has no effect without a GPU: activations are in main memory"
+        )
+
+
+def check_examples(count: int) -> None:
+    """Refuse fewer training examples than ranks: a rank without any would hold up the others.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    ranks = environment.world_size()
+    if count < ranks:
+        raise UserError(f"there are {count} training examples for {ranks} ranks: launch fewer, or add data")
 
 
 def _check_settings(settings: Any, recipe: Recipe, path: str) -> None:
@@ -108,6 +135,8 @@ def _check_settings(settings: Any, recipe: Recipe, path: str) -> None:
         raise UserError(
             f"{path}: optimizer and scheduler are set in the recipe's training section: remove them here"
         )
+    if problems := contradictions(settings, recipe, environment.world_size()):
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
 
 
 def _installed_version() -> str:

@@ -266,6 +266,11 @@ def test_another_recipe_does_not_resume_a_run(
     before = _contents(tmp_path)
     message = refused("train", recipe(adapter__cur_rank=5, training__save_steps=1), "--resume")
     assert "adapter.cur_rank" in message and "\n" not in message
+    shutil.copytree(toy / "backbone", tmp_path / "another")
+    other = recipe(backbone__model=str(tmp_path / "another"), training__save_steps=1)
+    message = refused("train", other, "--resume")
+    assert "backbone.model" in message and "another" in message and "\n" not in message
+    shutil.rmtree(tmp_path / "another")
     assert _contents(tmp_path) == before
 
 

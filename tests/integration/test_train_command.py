@@ -133,6 +133,16 @@ def test_checkpoints_are_small(run: Run) -> None:
         pytest.param(
             ['adapter={"method":"lora","rank":4,"dropout":0.3,"target_modules":["q_proj"]}'], id="lora"
         ),
+        pytest.param(
+            [
+                "training.optimizer=adamw_8bit",
+                'adapter.target_modules=["q_proj"]',
+                "adapter.init=orthogonal",
+                "adapter.cur_rank=60",
+                "adapter.inner_rank=80",  # above 4096 elements the state is kept in 8 bits
+            ],
+            id="8-bit optimizer",
+        ),
     ],
 )
 def test_a_resumed_run_is_the_same_run(run: Run, options: list[str]) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -44,15 +43,46 @@ def test_kind_of_checkpointing_follows_the_version(
     assert preflight.reentrant_checkpointing(None) is False
 
 
-def test_one_process_goes_without_deepspeed_and_says_so(path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        assert preflight.deepspeed_settings(sharded(path)) is None
-    assert "zero3.json) is not used" in caplog.text
+def test_a_configuration_needs_a_launcher(path: Path) -> None:
+    with pytest.raises(UserError, match=r"zero3.json\", but this is one process .*training.deepspeed=null"):
+        preflight.deepspeed_settings(sharded(path))
 
 
 def test_a_launched_process_reads_the_configuration(path: Path, launched: None) -> None:
     settings = preflight.deepspeed_settings(sharded(path))
     assert settings is not None and settings["zero_optimization"]["stage"] == 3
+    filled = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    assert [settings[key] for key in filled] == [2, 2, 8]
+    assert (settings["bf16"], settings["fp16"]) == ({"enabled": False}, {"enabled": False})
+
+
+def test_equal_values_do_not_contradict(path: Path, launched: None) -> None:
+    own = json.loads((path.parent / "zero3.json").read_text())
+    own |= {"train_batch_size": 8, "gradient_accumulation_steps": 2, "gradient_clipping": 1}
+    (path.parent / "equal.json").write_text(json.dumps(own))
+    assert preflight.deepspeed_settings(load_recipe(path, ["training.deepspeed=equal.json"])) is not None
+
+
+def test_every_rank_needs_an_example(launched: None) -> None:
+    preflight.check_examples(2)
+    with pytest.raises(UserError, match="there are 1 training examples for 2 ranks"):
+        preflight.check_examples(1)
+
+
+def test_bf16_needs_a_card_that_computes_in_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old card")
+    with pytest.raises(UserError, match='"bfloat16", which an old card does not compute in: use "float16"'):
+        preflight.check_machine(load_recipe(path, ["backbone.dtype=bfloat16"]))
+
+
+def test_offloading_without_a_gpu_is_named_a_setting_without_effect(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    preflight.check_machine(load_recipe(path, ["training.activation_offloading=true"]))
+    assert "training.activation_offloading has no effect without a GPU" in caplog.text
 
 
 def test_several_processes_need_a_configuration(path: Path, launched: None) -> None:

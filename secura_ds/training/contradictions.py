@@ -1,0 +1,70 @@
+"""What a DeepSpeed configuration and a recipe both say: where they differ, neither may win silently."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from secura_ds.recipe import Recipe
+
+AUTO = "auto"
+
+
+class _Said(NamedTuple):
+    """What a configuration says at `place`, and what the recipe comes to there, in words and as a value."""
+
+    place: str
+    value: Any
+    meaning: str
+
+
+def contradictions(settings: dict[str, Any], recipe: Recipe, ranks: int) -> list[str]:
+    """What `settings` say otherwise than `recipe` on this many ranks, one line each with both values.
+
+    The value "auto", or none, is the recipe's; a value that equals it is in order.
+    """
+    problems = []
+    for said in _said_twice(recipe, ranks):
+        given = _at(settings, said.place)
+        if given not in (None, AUTO) and given != said.value:
+            remedy = _ranks_that_fit(given, recipe) if said.place == "train_batch_size" else ""
+            problems.append(f'{said.place} is {given!r}, but {said.meaning}: write "auto" here{remedy}')
+    return problems
+
+
+def follow_recipe(settings: dict[str, Any], recipe: Recipe, ranks: int) -> dict[str, Any]:
+    """A copy of `settings` in which everything that the recipe says, too, is filled in from it."""
+    filled = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    for said in _said_twice(recipe, ranks):
+        section, _, key = said.place.rpartition(".")
+        (filled.setdefault(section, {}) if section else filled)[key] = said.value
+    return filled
+
+
+def _said_twice(recipe: Recipe, ranks: int) -> list[_Said]:
+    training, dtype = recipe.training, recipe.backbone.dtype
+    micro, passes = training.micro_batch_size, training.gradient_accumulation_steps
+    product = f"{micro} x {passes} x {ranks} (micro_batch_size, gradient_accumulation_steps, ranks)"
+    return [
+        _Said("train_micro_batch_size_per_gpu", micro, f"training.micro_batch_size is {micro}"),
+        _Said("gradient_accumulation_steps", passes, f"training.gradient_accumulation_steps is {passes}"),
+        _Said("train_batch_size", micro * passes * ranks, f"{product} is {micro * passes * ranks}"),
+        _Said(
+            "gradient_clipping", training.max_grad_norm, f"training.max_grad_norm is {training.max_grad_norm}"
+        ),
+        _Said("bf16.enabled", dtype == "bfloat16", f'backbone.dtype is "{dtype}"'),
+        _Said("fp16.enabled", dtype == "float16", f'backbone.dtype is "{dtype}"'),
+    ]
+
+
+def _ranks_that_fit(batch: Any, recipe: Recipe) -> str:
+    """How many ranks make the batch that a configuration asks for, if any number does."""
+    per_rank = recipe.training.micro_batch_size * recipe.training.gradient_accumulation_steps
+    if not isinstance(batch, int) or batch <= 0 or batch % per_rank:
+        return ""
+    return f", or launch {batch // per_rank} ranks"
+
+
+def _at(settings: Any, place: str) -> Any:
+    for key in place.split("."):
+        settings = settings.get(key) if isinstance(settings, dict) else None
+    return settings
