@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from allocations import Counter, Measured, addresses
@@ -63,7 +64,10 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "ZeRO-3, forward, checkpointing": (2, [CHECKPOINTING]),
     "ZeRO-3, merge, all linear": (2, [MERGE, ALL]),
     "ZeRO-3, merge, all linear, checkpointing": (2, [MERGE, ALL, CHECKPOINTING]),
-    "ZeRO-3, NF4, checkpointing": (2, [NF4, CHECKPOINTING, "adapter.smagnorm.eps_relative=null", "adapter.smagnorm.eps=1e-10"]),
+    "ZeRO-3, NF4, checkpointing": (
+        2,
+        [NF4, CHECKPOINTING, "adapter.smagnorm.eps_relative=null", "adapter.smagnorm.eps=1e-10"],
+    ),
     "ZeRO-3, accumulating": (2, [MERGE, "training.gradient_accumulation_steps=2"]),
     "ZeRO-2, checkpointing": (2, [ZERO2, CHECKPOINTING]),
     "ZeRO-3, LoRA": (2, [LORA]),
@@ -162,11 +166,8 @@ def counted(recipe: Path, options: list[str]) -> Counter:
         trainer.add_callback(counters[0])
         return agreement
 
-    runs._add_callbacks = add_counter
-    try:
+    with mock.patch.object(runs, "_add_callbacks", add_counter):
         train(load_recipe(recipe, options), overwrite=True)
-    finally:
-        runs._add_callbacks = add
     return counters[0]
 
 

@@ -42,10 +42,10 @@ def _at_learnt_positions(model: Any, inputs: dict[str, Any], labels: Tensor) -> 
 
     handle = head.register_forward_pre_hook(select)
     try:
-        logits = model(**inputs).logits
+        # No name holds the logits: the trainer's own are gone when the backward pass begins.
+        loss = F.cross_entropy(model(**inputs).logits.float(), labels, reduction="sum")
     finally:
         handle.remove()
-    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
     (loss / labels.new_ones(())).backward()
 
 
