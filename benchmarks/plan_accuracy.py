@@ -66,13 +66,13 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "ZeRO-3, merge, all linear, checkpointing": (2, [MERGE, ALL, CHECKPOINTING]),
     "ZeRO-3, NF4, checkpointing": (
         2,
-        [NF4, CHECKPOINTING, "adapter.smagnorm.eps_relative=null", "adapter.smagnorm.eps=1e-10"],
+        [NF4, CHECKPOINTING],
     ),
     "ZeRO-3, accumulating": (2, [MERGE, "training.gradient_accumulation_steps=2"]),
     "ZeRO-2, checkpointing": (2, [ZERO2, CHECKPOINTING]),
     "ZeRO-3, LoRA": (2, [LORA]),
     "one process, merge": (1, [MERGE]),
-    "one process, NF4": (1, [NF4, "adapter.smagnorm.eps_relative=null", "adapter.smagnorm.eps=1e-10"]),
+    "one process, NF4": (1, [NF4]),
     "one process, LoRA, checkpointing": (1, [LORA, CHECKPOINTING]),
 }
 

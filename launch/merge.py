@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check=not options.no_check,
         overwrite=options.overwrite,
         progress=not options.quiet,
+        workers=options.workers,
     )
     run = options.adapter.resolve().parent
     if (run / "recipe.resolved.json").is_file():
@@ -57,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         help="after 4-bit training: onto the dequantized weights it saw (default), or the base's own",
     )
     parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that share the shards (default 1)"
+    )
+    parser.add_argument(
         "--no-check", action="store_true", help="leave out the strict load and the logit comparison"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
@@ -71,10 +75,21 @@ def _summary(report: MergeReport) -> str:
     gap = f"not measured: {report.check_skipped}"
     if report.max_logit_gap is not None:
         gap = f"{report.max_logit_gap:.3g} (KL {report.kl:.3g} nats a token)"
+    onto = ""
+    if report.trained_in_4_bits:
+        onto = {
+            "trained": "merged onto the 4-bit weights that training saw, dequantized\n",
+            "original": "merged onto the base's own weights; training saw them rounded to 4 bits\n",
+        }[report.onto]
+    memory = f"{report.peak_memory_bytes / 2**20:.0f} MiB"
+    if report.workers > 1:
+        memory += (
+            f" in one of {report.workers} workers, {report.peak_memory_sum_bytes / 2**20:.0f} MiB in all"
+        )
     return (
         f"{report.out}: {report.bytes / 1e9:.2f} GB in {report.seconds:.1f} s, {counts}\n"
-        f"peak memory of the merge: {report.peak_memory_bytes / 2**20:.0f} MiB\n"
-        f"max logit gap between adapter model and merged model: {gap}"
+        f"peak memory of the merge: {memory}\n"
+        f"{onto}max logit gap between adapter model and merged model: {gap}"
     )
 
 

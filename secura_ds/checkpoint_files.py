@@ -56,10 +56,10 @@ class StoredTensor:
                 f"{self.file}: {self.name} is stored as {self.dtype}, not as one of {', '.join(DTYPES)}; "
                 "use the checkpoint in 16 or 32 bits"
             )
-        buffer = bytearray(self.num_bytes)
+        tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            view, filled = memoryview(buffer), 0
+            view, filled = memoryview(tensor.view(-1).view(torch.uint8).numpy()), 0
             while filled < self.num_bytes:
                 count = file.readinto(view[filled:])
                 if not count:
@@ -67,9 +67,7 @@ class StoredTensor:
                         f"{self.file} ended inside {self.name}: the file is truncated, copy it again"
                     )
                 filled += count
-        if not buffer:
-            return torch.empty(self.shape, dtype=DTYPES[self.dtype])
-        return torch.frombuffer(buffer, dtype=DTYPES[self.dtype]).view(self.shape)
+        return tensor
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,11 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def rendezvous() -> tuple[str, int]:
+    """Address and port of the store at which the ranks of a launched run meet."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
 def _git_commit() -> str | None:
     folder = Path(__file__).resolve().parent
     try:

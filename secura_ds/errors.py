@@ -15,6 +15,15 @@ class UserError(Exception):
     """Something the user can mend. The message says what was given, where, and what to change."""
 
 
+class RankError(UserError):
+    """Another rank of the run has failed or died; the message says which, and why."""
+
+    def __init__(self, message: str, *, loud: bool) -> None:
+        """`loud` is True on the one rank that tells the user, at once: a launcher ends it soon."""
+        super().__init__(message)
+        self.loud = loud
+
+
 def run_command(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None) -> int:
     """Run a command's `main`; show a `UserError` as one `error:` line instead of a traceback.
 
@@ -24,7 +33,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], arguments: Sequence
     try:
         return main(arguments)
     except UserError as error:
-        if not is_main_process():
+        if not (error.loud if isinstance(error, RankError) else is_main_process()):
             # Nearly always the main rank has met the same error, and the launcher ends the others with it.
             time.sleep(SILENCE)
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -24,31 +24,43 @@ def fold(model: nn.Module, adapter_name: str = "default") -> None:
     layers = _with_adapter(model, adapter_name)
     if not layers:
         return
+    updates = _updates(layers, adapter_name)
     config = next(iter(layers.values())).configs[adapter_name]
     if config.strategy == "M1":
-        sharding.fold_slices([layer.slice_update(adapter_name) for layer in layers.values()])
+        sharding.fold_slices(updates)
         config.folded = True
     else:
-        for layer in layers.values():
-            layer.secura_U[adapter_name].copy_(layer.slice_update(adapter_name).core)
+        for layer, update in zip(layers.values(), updates, strict=True):
+            layer.secura_U[adapter_name].copy_(update.core)
     for layer in layers.values():
         sharding.zero_(layer.secura_B[adapter_name])
-        layer.forget()
+        if config.strategy == "M1":
+            layer.forget()
 
 
+@torch.no_grad()
 def layer_statistics(model: nn.Module, adapter_name: str = "default") -> dict[str, dict[str, float]]:
     """`ratio_max`, `limiter_mean` and `relative_change` of every adapted layer. Collective under ZeRO-3.
 
-    For apply "never" nothing is limited: the limiter is 1.
+    No weight is gathered, also of 4-bit layers. For apply "never" nothing is limited: the limiter is 1.
     """
     layers = _with_adapter(model, adapter_name)
-    plain = {n: la for n, la in layers.items() if not sharding.is_quantized(la.get_base_layer())}
-    updates = [layer.slice_update(adapter_name) for layer in plain.values()]
-    found = dict(zip(plain, sharding.slice_statistics(updates), strict=True)) if updates else {}
-    for name in (name for name in layers if name not in plain):  # on every rank in the same order
-        weight = sharding.dequantized(layers[name].get_base_layer())
-        found[name] = sharding.slice_statistics([layers[name].slice_update(adapter_name, weight)])[0]
-    return {name: found[name]._asdict() for name in layers}
+    if not layers:
+        return {}
+    updates = _updates(layers, adapter_name)
+    epsilons = sharding.absolute_epsilons(updates)
+    for layer, eps in zip(layers.values(), epsilons, strict=True):
+        layer.remember_eps(adapter_name, eps)
+    updates = [update._replace(eps=eps) for update, eps in zip(updates, epsilons, strict=True)]
+    found = sharding.slice_statistics(updates)
+    return {name: statistics._asdict() for name, statistics in zip(layers, found, strict=True)}
+
+
+def _updates(layers: dict[str, Linear], adapter_name: str) -> list[sharding.SliceUpdate]:
+    """The layers' updates, with A and B of all of them gathered at once."""
+    trained = [p for la in layers.values() for p in (la.secura_A[adapter_name], la.secura_B[adapter_name])]
+    with sharding.gathered(trained):
+        return [layer.slice_update(adapter_name) for layer in layers.values()]
 
 
 def merged_weight(weight: Tensor, C: Tensor, core: Tensor, R: Tensor, config: SecuraConfig) -> Tensor:

@@ -59,7 +59,7 @@ class SecuraLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
         self._restrained: tuple[Any, Tensor] | None = None
-        self._eps: dict[str, tuple[Any, float]] = {}
+        self._eps: dict[str, tuple[tuple[int, int] | None, float]] = {}
 
     def update_layer(
         self,
@@ -71,6 +71,8 @@ class SecuraLayer(BaseTunerLayer):
     ) -> None:
         """Create the state of one adapter: chosen from the base weight, or empty if saved weights follow.
 
+        On the meta device there is no weight to choose from: the state then has shapes only, too.
+
         Raises:
             UserError: a rank too large for this layer, M1 on a 4-bit layer, or factors that cannot learn.
         """
@@ -80,7 +82,7 @@ class SecuraLayer(BaseTunerLayer):
                 f"strategy is 'M1', but {self.layer_name} is a 4-bit layer: an update smaller than a "
                 "quantization step would vanish when it is folded into the weight; use strategy 'M2'"
             )
-        make = empty_factors if config.factors_saved else choose_factors
+        make = empty_factors if config.factors_saved or base.weight.is_meta else choose_factors
         factors = make(base, self.layer_name, cur_rank, inner_rank, config)
         self._store(adapter_name, factors, sharded=sharding.is_sharded(base.weight))
         self.configs[adapter_name] = config
@@ -112,16 +114,17 @@ class SecuraLayer(BaseTunerLayer):
         config = self.configs[adapter_name]
         with torch.no_grad(), sharding.gathered([self.secura_A[adapter_name], self.secura_B[adapter_name]]):
             core = self.core(adapter_name)
-        weight = self.get_base_layer().weight if weight is None else weight
         C, R = self.secura_C[adapter_name], self.secura_R[adapter_name]
-        return sharding.SliceUpdate(weight, C, core, R, config.scaling, config.restraint)
+        eps = self.known_eps(adapter_name) if weight is None else None
+        weight = self.get_base_layer().weight if weight is None else weight
+        return sharding.SliceUpdate(weight, C, core, R, config.scaling, config.restraint, eps)
 
     def forget(self) -> None:
         """Drop what was derived from the base weight, after it was changed."""
         self._restrained = None
         self._eps.clear()
 
-    def _constants(self, adapter_name: str, weight: Tensor) -> Update:
+    def _constants(self, adapter_name: str) -> Update:
         config = self.configs[adapter_name]
         restraint = config.restraint or sharding.Restraint()
         return Update(
@@ -129,19 +132,35 @@ class SecuraLayer(BaseTunerLayer):
             self.secura_R[adapter_name],
             config.scaling,
             restraint,
-            self._absolute_eps(adapter_name, restraint, weight),
+            self._absolute_eps(adapter_name, restraint),
         )
 
-    def _absolute_eps(self, adapter_name: str, restraint: sharding.Restraint, weight: Tensor) -> float:
+    def _absolute_eps(self, adapter_name: str, restraint: sharding.Restraint) -> float:
         if restraint.eps_relative is None:
             return float(smagnorm.absolute_eps(0.0, restraint.eps, None))
-        # A sharded or 4-bit weight changes only by a fold or a load, which call `forget`.
+        eps = self.known_eps(adapter_name)
+        if eps is None:
+            mean = smagnorm.absolute_mean(self._read_weight())
+            eps = float(smagnorm.absolute_eps(mean, None, restraint.eps_relative))
+            self.remember_eps(adapter_name, eps)
+        return eps
+
+    def known_eps(self, adapter_name: str) -> float | None:
+        """The absolute eps of the base weight as it is now, if a forward pass or a measurement has left it.
+
+        Under ZeRO-3 it is known on every rank or on none.
+        """
+        key, eps = self._eps.get(adapter_name, (None, None))
+        return eps if key == self._weight_key() else None
+
+    def remember_eps(self, adapter_name: str, eps: float) -> None:
+        """Keep `eps` until the base weight changes."""
+        self._eps[adapter_name] = self._weight_key(), eps
+
+    def _weight_key(self) -> tuple[int, int] | None:
+        # A sharded weight changes only by a fold or a load, which call `forget`.
         frozen = self.get_base_layer().weight
-        key = None if sharding.is_sharded(frozen) else _version(frozen)
-        if adapter_name not in self._eps or self._eps[adapter_name][0] != key:
-            mean = smagnorm.absolute_mean(weight)
-            self._eps[adapter_name] = key, float(smagnorm.absolute_eps(mean, None, restraint.eps_relative))
-        return self._eps[adapter_name][1]
+        return None if sharding.is_sharded(frozen) else _version(frozen)
 
 
 class Linear(nn.Module, SecuraLayer):
@@ -198,7 +217,7 @@ class Linear(nn.Module, SecuraLayer):
         if not self.training and not torch.is_grad_enabled() and not sharding.is_sharded(base.weight):
             weight = self._cached_weight(active[0])
             return F.linear(x.to(weight.dtype), weight, base.bias).to(x.dtype)
-        update = self._constants(active[0], base.weight)
+        update = self._constants(active[0])
         return restrained_linear(x, self._read_weight, base.bias, self.core(active[0]), update)
 
     def _read_weight(self) -> Tensor:
@@ -212,7 +231,7 @@ class Linear(nn.Module, SecuraLayer):
         if self._restrained is None or self._restrained[0] != key:
             weight = self._read_weight()
             self._restrained = None
-            update = self._constants(adapter_name, weight)
+            update = self._constants(adapter_name)
             self._restrained = key, restrained_weight(weight, self.core(adapter_name), update)[0]
         return self._restrained[1]
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from secura_ds.method.cabr import compute_dtype, row_blocks
 from secura_ds.sharding import Restraint
 
-# Accelerators want few large kernels; CPUs want blocks that stay in cache, which the method's grid gives.
+# Of a row block: accelerators want few large kernels; CPUs want blocks that stay in cache.
+_CPU_ELEMENTS = 2**18
 _ACCELERATOR_ELEMENTS = 2**24
 
 
@@ -160,6 +161,6 @@ def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor,
 def block_grid(num_rows: int, num_columns: int, device: str) -> list[slice]:
     """The row blocks that W+ is formed in on a kind of device ("cpu", "cuda")."""
     if device == "cpu":
-        return list(row_blocks(num_rows, num_columns))
+        return list(row_blocks(num_rows, num_columns, _CPU_ELEMENTS))
     height = max(1, _ACCELERATOR_ELEMENTS // num_columns)
     return [slice(at, min(at + height, num_rows)) for at in range(0, num_rows, height)]

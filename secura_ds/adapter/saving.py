@@ -102,6 +102,9 @@ def _config_text(model: PeftModel, adapter_name: str) -> str:
         config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
     mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
     saved = replace(config, inference_mode=True)
+    for key, value in vars(saved).items():
+        if isinstance(value, set):  # whose order PEFT would leave to chance
+            setattr(saved, key, sorted(value))
     with tempfile.TemporaryDirectory() as folder:
         saved.save_pretrained(folder, auto_mapping_dict=None if config.task_type else mapping)
         return (Path(folder) / CONFIG_NAME).read_text(encoding="utf-8")

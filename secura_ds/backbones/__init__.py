@@ -18,6 +18,7 @@ from secura_ds.backbones.loading import (
     replace_linear,
     resolve_base,
 )
+from secura_ds.backbones.shipped import shipped_config, shipped_models
 
 __all__ = [
     "FAMILIES",
@@ -34,4 +35,6 @@ __all__ = [
     "quantization_config",
     "replace_linear",
     "resolve_base",
+    "shipped_config",
+    "shipped_models",
 ]

@@ -74,7 +74,9 @@ def choose_attention(
         refusals["flash_attention_2"] = "the package flash-attn or a GPU is missing"
     elif dtype == "float32":
         refusals["flash_attention_2"] = "it needs backbone.dtype bfloat16 or float16"
-    if not getattr(model_class, "_supports_sdpa", False):
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        refusals["sdpa"] = f"the attention scores of {config.model_type} are soft-capped, which it cannot do"
+    elif not getattr(model_class, "_supports_sdpa", False):
         refusals["sdpa"] = f"{config.model_type} does not support it"
     if wanted != "auto":
         if wanted in refusals:

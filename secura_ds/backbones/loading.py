@@ -11,7 +11,7 @@ from typing import Any
 import huggingface_hub
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, RevisionNotFoundError
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import (
@@ -30,6 +30,7 @@ from transformers.modeling_utils import set_quantized_state
 from transformers.quantizers import AutoHfQuantizer
 
 from secura_ds.backbones.family import choose_attention, choose_pad_token
+from secura_ds.backbones.shipped import shipped_config
 from secura_ds.checkpoint_files import StoredTensor, open_checkpoint
 from secura_ds.embedded import embedded_checkpoint
 from secura_ds.environment import is_main_process
@@ -76,14 +77,39 @@ def resolve_base(base: str, revision: str | None = None) -> Path:
 def load_config(backbone: BackboneRecipe) -> PreTrainedConfig:
     """The backbone's configuration, without its weights.
 
+    Of a backbone that recipes are shipped for, the configuration is there without the hub, too.
+
     Raises:
         UserError: there is no such model, or no access to it.
     """
     source = checkpoint_of(backbone)
+    shipped = shipped_config(source)
+    refusal = _hub_refusal(backbone) if shipped is not None else None
     try:
-        return AutoConfig.from_pretrained(source, revision=backbone.revision)
+        return AutoConfig.from_pretrained(
+            source, revision=backbone.revision, local_files_only=refusal is not None
+        )
     except (OSError, ValueError) as error:
-        raise _cannot_load(backbone, error) from error
+        if refusal is None:
+            raise _cannot_load(backbone, error) from error
+    logger.warning(
+        "the hub does not give the configuration of %s (%s): going by the one shipped with secura_ds",
+        backbone.model,
+        refusal,
+    )
+    return shipped
+
+
+def _hub_refusal(backbone: BackboneRecipe) -> str | None:
+    """Why the hub gives no configuration now; asked once, where a download would try for minutes."""
+    url = huggingface_hub.hf_hub_url(backbone.model, "config.json", revision=backbone.revision)
+    try:
+        huggingface_hub.get_hf_file_metadata(url)
+    except (RevisionNotFoundError, EntryNotFoundError):
+        return None  # reached; loading says what is wrong with the name
+    except (HTTPError, OSError) as error:
+        return first_line(error)
+    return None
 
 
 def load_tokenizer(backbone: BackboneRecipe) -> PreTrainedTokenizerBase:
@@ -92,12 +118,11 @@ def load_tokenizer(backbone: BackboneRecipe) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is no such tokenizer, or no token is left for padding.
     """
-    config = load_config(backbone)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint_of(backbone), revision=backbone.revision)
     except (OSError, ValueError) as error:
         raise _cannot_load(backbone, error) from error
-    choose_pad_token(tokenizer, config)
+    choose_pad_token(tokenizer, load_config(backbone))
     tokenizer.padding_side = "right"
     return tokenizer
 

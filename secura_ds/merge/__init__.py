@@ -3,6 +3,6 @@
 Never holds more than one tensor and a few row blocks. Untouched tensors are copied byte for byte.
 """
 
-from secura_ds.merge.merge import MergeReport, merge
+from secura_ds.merge.merge import MergeReport, merge, require_plain
 
-__all__ = ["MergeReport", "merge"]
+__all__ = ["MergeReport", "merge", "require_plain"]

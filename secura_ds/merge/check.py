@@ -91,17 +91,20 @@ def logit_gap(base: Checkpoint, adapter: AdapterFile, merged: Path) -> LogitGap:
     return LogitGap(gap, max(0.0, float(kl)))
 
 
-def _load(folder: Path, **options: Any) -> Any:
+def _load(folder: Path, *, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
     """The model of the class that config.json names."""
     config = AutoConfig.from_pretrained(folder)
     names = config.architectures or []
     model_class = getattr(transformers, names[0], None) if names else None
-    return (model_class or transformers.AutoModelForCausalLM).from_pretrained(folder, dtype="auto", **options)
+    return (model_class or transformers.AutoModelForCausalLM).from_pretrained(folder, dtype=dtype, **options)
 
 
 def _quantized(adapter: AdapterFile) -> dict[str, Any]:
-    recorded = adapter.config.get("base_quantization")
-    return {"quantization_config": BitsAndBytesConfig.from_dict(recorded)} if recorded else {}
+    """How the base is loaded as training held it: it was rounded to `dtype` before it was quantized."""
+    if adapter.quantization is None:
+        return {}
+    config = BitsAndBytesConfig.from_dict(adapter.config["base_quantization"])
+    return {"quantization_config": config, "dtype": adapter.quantization.dtype}
 
 
 def _logits(model: nn.Module, tokens: Tensor) -> Tensor:

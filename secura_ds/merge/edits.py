@@ -35,15 +35,17 @@ def plan_edits(base: Checkpoint, adapter: AdapterFile, onto: str) -> dict[str, E
     Args:
         base: the checkpoint to merge into.
         adapter: the adapter's file and settings.
-        onto: "trained" replaces 4-bit weights by what training saw, "original" keeps the checkpoint's own.
+        onto: "trained" replaces 4-bit weights by what training saw, "original" keeps the checkpoint's own;
+            "live" edits are given what training holds: dequantized, and with M1's folds in it.
 
     Raises:
         UserError: adapter and base do not belong together (a module or tensor is missing, a shape differs).
     """
     edits: dict[str, Edit] = {}
-    if adapter.quantization is not None and onto == "trained":
+    if adapter.quantization is not None and onto != "original":
         for module in adapter.quantized_modules:
-            edits[_weight_of(base, adapter, module).name] = adapter.quantization.round_trip
+            name = _weight_of(base, adapter, module).name
+            edits[name] = adapter.quantization.round_trip if onto == "trained" else _keep
     settings = SecuraConfig.from_pretrained(str(adapter.folder)) if adapter.kind == "SECURA" else None
     for module, parts in adapter.modules.items():
         weight = _weight_of(base, adapter, module)
@@ -104,6 +106,10 @@ def _require_shape(base: Checkpoint, stored: StoredTensor, expected: tuple[int, 
         )
 
 
+def _keep(weight: Tensor) -> Tensor:
+    return weight
+
+
 def _replace(stored: StoredTensor, weight: Tensor) -> Tensor:
     return _read(stored).to(weight.dtype)
 
@@ -121,14 +127,15 @@ def _secura(
     config: SecuraConfig, parts: Parts, quantization: Quantization | None, onto: str, W: Tensor
 ) -> Tensor:
     """The base weight, its 4-bit image or what M1 folded, plus the restrained update (method.md 3 and 5)."""
-    trained = W
-    if quantization is not None:
-        trained = quantization.round_trip(W if onto == "trained" else W.clone())
     C = _read(parts["C"])
-    _require_columns(parts, C, trained, exact=quantization is None)
-    del trained
-    if "W" in parts:
-        W = _read(parts["W"]).to(W.dtype)
+    if onto != "live":
+        trained = W
+        if quantization is not None:
+            trained = quantization.round_trip(W if onto == "trained" else W.clone())
+        _require_columns(parts, C, trained, exact=quantization is None)
+        del trained
+        if "W" in parts:
+            W = _read(parts["W"]).to(W.dtype)
     core = cabr.core(_read(parts["A"]), _read(parts["B"]), _read(parts["U"]))
     fold_slices([SliceUpdate(W, C, core, _read(parts["R"]), config.scaling, config.restraint)])
     return W

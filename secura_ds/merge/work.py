@@ -1,20 +1,25 @@
 """The folder a merge works in: `OUT.partial`, with finished shards and a note of what they came from.
 
 Every output shard has its base shard's header, so it is written front to back: untouched tensors are copied
-as bytes, touched ones are read, edited and written.
+as bytes, touched ones are read, edited and written. Several processes may write shards, but one alone, the
+one that holds the folder's lock, writes the note.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
 
 from secura_ds.checkpoint_files import INDEX_NAME, Checkpoint, StoredTensor, TensorFile, open_tensor_file
 from secura_ds.errors import UserError
@@ -25,7 +30,13 @@ from secura_ds.method.cabr import row_blocks
 
 logger = logging.getLogger(__name__)
 
+Advance = Callable[[int], Any]
+"""Is told the bytes of the merged weights as they are written."""
+Read = Callable[[StoredTensor], Tensor]
+"""Gives a tensor that is to be edited, in memory of its own."""
+
 STATE_NAME = "merge.state.json"
+_TORN = ".writing"
 _CHUNK_BYTES = 8 * 2**20
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx"}
 _NOT_COPIED = {"README.md", "merge.json", INDEX_NAME, STATE_NAME}
@@ -62,27 +73,9 @@ class WorkFolder:
             file.path.name in self._state["done"] and target.is_file() and target.stat().st_size == file.size
         )
 
-    def write_shard(self, file: TensorFile, edits: Mapping[str, Edit], advance: Callable[[int], Any]) -> None:
-        """Write one output shard and note it as finished; `advance` is told the bytes as they are written.
-
-        Raises:
-            UserError: an edit made a weight that is not finite, or refused its tensor.
-        """
-        target = self.path / file.path.name
-        writing = target.with_suffix(".writing")
-        with file.path.open("rb") as source, writing.open("wb") as out:
-            out.write(file.header)
-            advance(len(file.header))
-            for tensor in file.tensors:
-                if tensor.name in edits:
-                    _write_edited(tensor, edits[tensor.name], out)
-                    advance(tensor.num_bytes)
-                else:
-                    _copy_range(source, out, tensor, advance)
-            out.flush()
-            os.fsync(out.fileno())
-        writing.rename(target)
-        self._state["done"].append(file.path.name)
+    def note(self, name: str) -> None:
+        """Note the shard of this name as finished."""
+        self._state["done"].append(name)
         self._save()
 
     def copy_side_files(self, base: Checkpoint, adapter: AdapterFile) -> None:
@@ -119,9 +112,65 @@ class WorkFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Keep the folder only where a rerun can use what it holds."""
+        """Keep the folder, without torn shards, only where a rerun can use what it holds."""
+        for torn in self.path.glob(f"*{_TORN}"):
+            torn.unlink()
         if not self._state["done"]:
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextmanager
+def only_merge_into(out: Path) -> Iterator[None]:
+    """Inside the block no other merge works on `out`.
+
+    Raises:
+        UserError: another one does.
+    """
+    path = out.with_name(f".{out.name}.partial.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another merge into {out} is running (it holds {path}): wait for it, or choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        # While it is held: who has opened the file meanwhile finds it gone, and does not count it as locked.
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def write_shard(
+    folder: Path,
+    file: TensorFile,
+    edits: Mapping[str, Edit],
+    advance: Advance,
+    read: Read = StoredTensor.read,
+) -> None:
+    """Write the output shard of one base shard to `folder`, durably, wholly or not at all.
+
+    Raises:
+        UserError: an edit made a weight that is not finite, or refused its tensor.
+    """
+    target = folder / file.path.name
+    writing = target.with_suffix(_TORN)
+    with file.path.open("rb") as source, writing.open("wb") as out:
+        out.write(file.header)
+        advance(len(file.header))
+        for tensor in file.tensors:
+            if tensor.name in edits:
+                _write_edited(tensor, edits[tensor.name], out, read)
+                advance(tensor.num_bytes)
+            else:
+                _copy_range(source, out, tensor, advance)
+            out.flush()
+            # The disk begins with these bytes now, so that the wait at the end of the shard is short.
+            os.posix_fadvise(out.fileno(), tensor.start, tensor.num_bytes, os.POSIX_FADV_DONTNEED)
+        os.fsync(out.fileno())
+    writing.rename(target)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -133,7 +182,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _copy_range(source: BinaryIO, out: BinaryIO, tensor: StoredTensor, advance: Callable[[int], Any]) -> None:
+def _copy_range(source: BinaryIO, out: BinaryIO, tensor: StoredTensor, advance: Advance) -> None:
     source.seek(tensor.start)
     left = tensor.num_bytes
     while left:
@@ -145,14 +194,15 @@ def _copy_range(source: BinaryIO, out: BinaryIO, tensor: StoredTensor, advance: 
         advance(len(chunk))
 
 
-def _write_edited(tensor: StoredTensor, edit: Edit, out: BinaryIO) -> None:
-    before = tensor.read()
+def _write_edited(tensor: StoredTensor, edit: Edit, out: BinaryIO, read: Read) -> None:
+    before = read(tensor)
     dtype = before.dtype
     merged = edit(before)
     assert merged.dtype == dtype and tuple(merged.shape) == tensor.shape, tensor.name
     flat = merged.contiguous().view(-1)
     for block in row_blocks(flat.numel(), 1):
-        if not bool(torch.isfinite(flat[block]).all()):
+        least, most = (float(value) for value in torch.aminmax(flat[block]))
+        if not (math.isfinite(least) and math.isfinite(most)):
             raise UserError(
                 f"{tensor.name} is not finite after merging: the adapter or the base is broken; "
                 "use an earlier checkpoint of the adapter"

@@ -14,7 +14,10 @@ from torch import Tensor
 
 Init = Literal["block", "orthogonal"]
 
-BLOCK_ELEMENTS = 2**18
+# Large enough for matrix products at full speed, small enough for a few blocks to stay in a CPU's cache.
+BLOCK_ELEMENTS = 2**20
+# Accelerators want few large kernels.
+ACCELERATOR_BLOCK_ELEMENTS = 2**22
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -22,13 +25,23 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def row_blocks(num_rows: int, num_columns: int) -> Iterator[slice]:
-    """The absolute row grid of a (num_rows, num_columns) matrix: blocks of at most 2**18 elements.
+def block_elements(device: torch.device) -> int:
+    """The most elements of a block of D where it is formed for folds."""
+    return BLOCK_ELEMENTS if device.type == "cpu" else ACCELERATOR_BLOCK_ELEMENTS
 
-    The height is a power of two that depends on `num_columns` only. Whoever computes whole blocks of D on
-    this grid gets the same bits, because the matrix products see the same shapes.
+
+def block_height(num_columns: int, elements: int) -> int:
+    """Rows of a block of at most that many elements: a power of two, at least 1."""
+    return 1 << max(0, (elements // num_columns).bit_length() - 1)
+
+
+def row_blocks(num_rows: int, num_columns: int, elements: int | None = None) -> Iterator[slice]:
+    """The absolute row grid of a (num_rows, num_columns) matrix: blocks of at most `elements` elements.
+
+    The height depends on `num_columns` and `elements` (by default those of a CPU) only. Whoever computes
+    whole blocks of D on the same grid gets the same bits, because the matrix products see the same shapes.
     """
-    height = 1 << max(0, (BLOCK_ELEMENTS // num_columns).bit_length() - 1)
+    height = block_height(num_columns, elements or BLOCK_ELEMENTS)
     for start in range(0, num_rows, height):
         yield slice(start, min(start + height, num_rows))
 
@@ -80,15 +93,21 @@ def core(A: Tensor, B: Tensor, U: Tensor) -> Tensor:
         return torch.addmm(U.to(dtype), A.to(dtype), B.to(dtype))
 
 
-def update_block(C: Tensor, core: Tensor, R: Tensor, scaling: float, rows: slice) -> Tensor:
-    """Rows `rows` of D, (len(rows), in) in fp32. Bit-equal for everyone only on the grid of `row_blocks`."""
+def update_block(
+    C: Tensor, core: Tensor, R: Tensor, scaling: float, rows: slice, *, out: Tensor | None = None
+) -> Tensor:
+    """Rows `rows` of D, (len(rows), in) in fp32. Bit-equal for everyone only on the grid of `row_blocks`.
+
+    Args:
+        out: memory for the result. Whoever asks for many blocks should give R in fp32, to convert it once.
+    """
     dtype = compute_dtype(C, core, R)
     with torch.autocast(C.device.type, enabled=False):
         left = (C[rows].to(dtype) @ core.to(dtype)) * scaling
-        return left @ R.to(dtype)
+        return torch.mm(left, R.to(dtype), out=out)
 
 
 def update(C: Tensor, core: Tensor, R: Tensor, scaling: float) -> Tensor:
     """The whole D, (out, in) in fp32, from the blocks of `row_blocks`."""
-    blocks = row_blocks(len(C), R.shape[1])
+    blocks = row_blocks(len(C), R.shape[1], block_elements(C.device))
     return torch.cat([update_block(C, core, R, scaling, rows) for rows in blocks])

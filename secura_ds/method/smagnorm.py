@@ -49,26 +49,30 @@ def absolute_eps(
     return relative.clamp(min=SMALLEST_EPS) if isinstance(relative, Tensor) else max(relative, SMALLEST_EPS)
 
 
-def ratio(weight: Tensor, update: Tensor, eps_abs: float | Tensor) -> Tensor:
-    """The ratio loss matrix L = |D| / (|W| + eps) in fp32; overflow is held at the largest finite value."""
+def ratio(weight: Tensor, update: Tensor, eps_abs: float | Tensor, *, out: Tensor | None = None) -> Tensor:
+    """The ratio loss matrix L = |D| / (|W| + eps) in fp32; overflow is held at the largest finite value.
+
+    Args:
+        out: memory for the result, of the same shape and apart from `weight` and `update`.
+    """
     dtype = compute_dtype(weight, update)
-    denominator = weight.to(dtype).abs().add_(eps_abs)
-    return update.to(dtype).abs().div_(denominator).clamp_(max=torch.finfo(dtype).max)
+    L = torch.abs(weight.to(dtype), out=out).add_(eps_abs)
+    return torch.div(update.to(dtype), L, out=L).abs_().clamp_(max=torch.finfo(dtype).max)
 
 
-def limiter(ratio: Tensor, ratio_max: float | Tensor, steepness: float) -> Tensor:
+def limiter(
+    ratio: Tensor, ratio_max: float | Tensor, steepness: float, *, out: Tensor | None = None
+) -> Tensor:
     """M = 2 - sigmoid(k (L / max L - 1/2)), falling in L, between 1 and 2 (strictly, for k below 32).
 
-    `ratio_max` 0 counts as L = 0 everywhere.
+    `ratio_max` 0 counts as L = 0 everywhere. `out` may be `ratio` itself.
     """
-    if isinstance(ratio_max, Tensor):
-        divisor: float | Tensor = torch.where(ratio_max > 0, ratio_max, 1.0)
-    else:
-        divisor = ratio_max or 1.0
-    half_n = (ratio / divisor).sub_(0.5).mul_(0.5 * steepness)
-    # 2 - sigmoid(n) = 1.5 - tanh(n / 2) / 2. On CPUs torch.sigmoid rounds the tail of a vectorised loop
-    # differently from its body, so its bits depend on how a matrix is cut; tanh does not.
-    return half_n.tanh_().mul_(-0.5).add_(1.5)
+    largest = torch.as_tensor(ratio_max, dtype=ratio.dtype, device=ratio.device)
+    scale = steepness / torch.where(largest > 0, largest, 1.0)
+    N = torch.mul(ratio, scale, out=out).sub_(steepness / 2)
+    # 2 - sigmoid(N) = 1 + 1 / (1 + exp(N)). On CPUs torch.sigmoid (and exp2) rounds the tail of a vectorised
+    # loop differently from its body, so its bits depend on how a matrix is cut; exp's do not.
+    return N.exp_().add_(1.0).reciprocal_().add_(1.0)
 
 
 def restrain(
@@ -79,21 +83,28 @@ def restrain(
     eps_abs: float | Tensor,
     steepness: float,
     form: Form,
+    scratch: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """W+ in fp32 of any piece of W and D, given the maximum of L over the *whole* matrix.
 
     Element by element, so its bits do not depend on how the matrix is cut. Never waits for the device.
 
+    Args:
+        scratch: memory for M, of the same shape and apart from `weight` and `update`.
+        out: memory for the result, which may be `update`.
+
     Raises:
         ValueError: `form` is unknown.
     """
     wide, changed = weight.to(compute_dtype(weight, update)), update.to(compute_dtype(weight, update))
-    M = limiter(ratio(wide, changed, eps_abs), ratio_max, steepness)
+    M = ratio(wide, changed, eps_abs, out=scratch)
+    M = limiter(M, ratio_max, steepness, out=M)
     if form == "update":
-        return changed.div(M).add_(wide)
+        return torch.div(changed, M, out=out).add_(wide)
     if form != "average":
         raise ValueError(f"form is {form!r}: allowed are 'update' and 'average'")
-    averaged = wide.mul(2.0).add_(changed).div_(M)
+    averaged = torch.add(changed, wide, alpha=2.0, out=out).div_(M)
     if isinstance(ratio_max, Tensor):
         return torch.where(ratio_max > 0, averaged, wide)
     return averaged if ratio_max > 0 else wide

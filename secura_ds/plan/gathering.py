@@ -1,8 +1,9 @@
 """Which weights ZeRO-3 holds whole at each point of a pass, and the bytes it moves for that.
 
-DeepSpeed records the order in which modules use their weights. From then on, whenever a module begins, it
-gathers ahead up to `stage3_prefetch_bucket_size`, keeps what is used again within `stage3_max_reuse_distance`,
-and gathers nothing ahead beyond `stage3_max_live_parameters`. This follows those rules over a simulated pass.
+DeepSpeed records the order in which modules use their weights. From then on it gathers ahead whenever a
+module begins, up to `stage3_prefetch_bucket_size`, keeps what is used again within
+`stage3_max_reuse_distance`, and gathers nothing ahead beyond `stage3_max_live_parameters`. This follows
+those rules over a simulated pass.
 
 Gathered together, weights arrive in one buffer and are copied out of it when the first of them is used; the
 buffer goes when all of them have been used. A weight gathered alone stays where it arrived.

@@ -188,7 +188,12 @@ def merge_line(merge: Mapping[str, Any] | None) -> str | None:
         reason = merge.get("check_skipped") or "no check"
         return f"The merged model was not compared with the adapter model: {reason}."
     text = f"Adapter model and merged model differ by at most {numbers.compact(gap)} in any logit"
-    return f"{text} (KL {numbers.compact(kl)} nats per token)." if isinstance(kl, int | float) else f"{text}."
+    text += f" (KL {numbers.compact(kl)} nats per token)." if isinstance(kl, int | float) else "."
+    if not merge.get("trained_in_4_bits"):
+        return text
+    if merge.get("onto") == "original":
+        return f"{text} The update is on the base's own weights; training saw them rounded to 4 bits."
+    return f"{text} The update is on the 4-bit weights that training saw, dequantized."
 
 
 def fact_rows(runs: Sequence[RunFolder]) -> list[list[str]]:

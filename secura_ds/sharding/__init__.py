@@ -2,11 +2,10 @@
 
 from secura_ds.sharding.fold import (
     Restraint,
-    Slice,
     SliceUpdate,
     Statistics,
+    absolute_epsilons,
     fold_slices,
-    local_slice,
     slice_statistics,
 )
 from secura_ds.sharding.optimizer import load_optimizer_state, master, optimizer_state
@@ -30,13 +29,16 @@ from secura_ds.sharding.quantized import (
     requantize,
     restore_quantized,
 )
+from secura_ds.sharding.slices import Slice, local_slice
 from secura_ds.sharding.streaming import load_parameters, load_slices
+from secura_ds.sharding.unsupported import refuse_unsupported
 
 __all__ = [
     "Restraint",
     "Slice",
     "SliceUpdate",
     "Statistics",
+    "absolute_epsilons",
     "assert_partitioned",
     "compute_dtype",
     "dequantized",
@@ -54,6 +56,7 @@ __all__ = [
     "local_slice",
     "master",
     "optimizer_state",
+    "refuse_unsupported",
     "requantize",
     "restore_quantized",
     "set_parameter",

@@ -4,6 +4,9 @@ A rank that holds elements [start, end) of the row-major weight computes, on the
 `cabr.row_blocks`, every block of D that its slice touches and uses its part of it. The grid makes the
 matrix products, and so the result, bit-equal for any number of ranks and any boundary between them.
 A weight that is not sharded is one slice, so plain models take the same path.
+
+Beside the slices lives one workspace for all layers: a row block of D in fp32, two pieces of one for W and
+M, and R in fp32.
 """
 
 from __future__ import annotations
@@ -14,10 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secura_ds.errors import UserError
-from secura_ds.method.cabr import row_blocks, update_block
+from secura_ds.method.cabr import block_elements, block_height, compute_dtype, row_blocks, update_block
 from secura_ds.method.smagnorm import Form, absolute_eps, limiter, ratio, restrain
-from secura_ds.sharding.partition import full_shape, is_available, is_sharded
+from secura_ds.sharding.slices import Slice, local_slice
 
 
 class Restraint(NamedTuple):
@@ -30,7 +32,10 @@ class Restraint(NamedTuple):
 
 
 class SliceUpdate(NamedTuple):
-    """The update D = scaling C core R of one weight (out, in), taken whole where there is no `restraint`."""
+    """The update D = scaling C core R of one weight (out, in), taken whole where there is no `restraint`.
+
+    `eps` is the absolute eps where it is known already, which saves reading and reducing mean|W|.
+    """
 
     weight: Tensor
     C: Tensor
@@ -38,57 +43,7 @@ class SliceUpdate(NamedTuple):
     R: Tensor
     scaling: float
     restraint: Restraint | None
-
-
-class Slice(NamedTuple):
-    """The part of a weight that this rank holds: its flat elements [start, end), writable in place."""
-
-    values: Tensor
-    start: int
-    end: int
-
-
-def local_slice(weight: Tensor) -> Slice:
-    """This rank's slice of `weight`, without the padding at its end; all of it where nothing is sharded.
-
-    Raises:
-        UserError: the slices are not in memory, or are stored twice or quantized by DeepSpeed.
-    """
-    if not is_sharded(weight):
-        return Slice(weight.detach().view(-1), 0, weight.numel())
-    values: Tensor = weight.ds_tensor.data
-    if weight.ds_tensor.status.name != "AVAILABLE":
-        raise UserError(
-            "a weight's slices are on NVMe, where M1 cannot fold: use strategy 'M2' or offload to CPU"
-        )
-    if weight.ds_secondary_tensor is not None or hasattr(weight.ds_tensor, "ds_quant_scale"):
-        raise UserError(
-            "M1 cannot fold weights that DeepSpeed keeps twice (zero_hpz_partition_size) or quantized "
-            "(zero_quantized_nontrainable_weights): turn those off or use strategy 'M2'"
-        )
-    start = min(values.numel() * weight.ds_zero_partition_rank, weight.ds_numel)
-    end = min(start + values.numel(), weight.ds_numel)
-    return Slice(values[: end - start], start, end)
-
-
-@torch.no_grad()
-def fold_slices(updates: Sequence[SliceUpdate]) -> None:
-    """Write W+ (or W + D) over each weight, in place, on the slice that this rank holds.
-
-    Collective for sharded weights: one all-reduce of one float per layer for all layers together (and one
-    more where `eps_relative` needs the mean of |W|). Extra memory is a few row blocks.
-    """
-    pieces = [local_slice(update.weight) for update in updates]
-    eps = _eps(updates, pieces)
-    maxima = _largest_ratios(updates, pieces, eps)
-    for i, (update, piece) in enumerate(zip(updates, pieces, strict=True)):
-        if update.restraint is not None and maxima[i] == 0:
-            continue
-        for w, d in _blocks(update, piece):
-            w.copy_(_changed(w, d, update.restraint, eps[i], maxima[i]))
-        if is_sharded(update.weight) and is_available(update.weight):
-            # A whole copy kept from an earlier gather (a persistent parameter) would be stale.
-            update.weight.partition()
+    eps: float | None = None
 
 
 class Statistics(NamedTuple):
@@ -100,94 +55,189 @@ class Statistics(NamedTuple):
 
 
 @torch.no_grad()
+def fold_slices(updates: Sequence[SliceUpdate]) -> None:
+    """Write W+ (or W + D) over each weight, in place, on the slice that this rank holds.
+
+    Collective for sharded weights: one all-reduce of one float per layer for all layers together, and one
+    more where an eps relative to mean|W| is not known yet. Nothing else is sent.
+
+    Raises:
+        UserError: slices that cannot be rewritten in place.
+    """
+    layers = _layers(updates)
+    space = _Workspace(layers)
+    maxima = torch.zeros(len(layers), device=space.w.device)
+    if any(layer.restraint is not None for layer in layers):
+        maxima = _largest_ratios(layers, space)
+    at_rest = (maxima == 0).tolist()
+    for layer, ratio_max, nothing in zip(layers, maxima, at_rest, strict=True):
+        if layer.restraint is not None and nothing:
+            continue
+        for block in _blocks(layer, space):
+            layer.piece.write(block.low, block.high, _changed(block, layer, ratio_max, out=block.d))
+        layer.piece.written()
+
+
+@torch.no_grad()
 def slice_statistics(updates: Sequence[SliceUpdate]) -> list[Statistics]:
-    """Statistics of each update, in row blocks of the slices; collective for sharded weights."""
-    pieces = [local_slice(update.weight) for update in updates]
-    eps = _eps(updates, pieces)
-    maxima = _largest_ratios(updates, pieces, eps)
-    sums = torch.zeros(len(updates), 3, dtype=torch.float64, device=maxima.device)
-    for i, (update, piece) in enumerate(zip(updates, pieces, strict=True)):
-        for w, d in _blocks(update, piece):
-            restraint = update.restraint
-            changed = _changed(w, d, restraint, eps[i], maxima[i])
-            sums[i, 0] += _limiter_sum(w, d, restraint, eps[i], maxima[i])
-            sums[i, 1] += (changed - w).double().square().sum()
-            sums[i, 2] += w.double().square().sum()
-    _reduce(sums, updates, "SUM")
+    """Statistics of each update, in row blocks of the slices.
+
+    Collective for sharded weights: as a fold, and one all-reduce of three sums per layer. For 4-bit weights
+    all of it refers to the dequantized weight.
+
+    Raises:
+        UserError: slices that cannot be read.
+    """
+    layers = _layers(updates)
+    space = _Workspace(layers)
+    maxima = _largest_ratios(layers, space)
+    sums = torch.zeros(len(layers), 3, dtype=torch.float64, device=maxima.device)
+    for row, layer, ratio_max in zip(sums, layers, maxima, strict=True):
+        for block in _blocks(layer, space):
+            row[0] += _limiter_sum(block, layer, ratio_max)
+            change = _changed(block, layer, ratio_max, out=block.d).sub_(block.w)
+            row[1] += change.double().square_().sum()
+            row[2] += block.w.double().square_().sum()
+    _reduce(sums, layers, "SUM")
     result = []
-    for i, update in enumerate(updates):
-        total, change, norm = sums[i].tolist()
+    for (total, change, norm), ratio_max, layer in zip(sums.tolist(), maxima.tolist(), layers, strict=True):
         relative = (change / norm) ** 0.5 if norm else 0.0
-        result.append(Statistics(float(maxima[i]), total / full_shape(update.weight).numel(), relative))
+        result.append(Statistics(ratio_max, total / layer.piece.shape.numel(), relative))
     return result
 
 
-def _changed(w: Tensor, d: Tensor, restraint: Restraint | None, eps: float, ratio_max: Tensor) -> Tensor:
+@torch.no_grad()
+def absolute_epsilons(updates: Sequence[SliceUpdate]) -> list[float]:
+    """The absolute eps of each layer, `update.eps` where that is known.
+
+    Collective for sharded weights if any depends on a mean|W| that is not known: one all-reduce of one
+    double per layer. The mean is summed in double, so that cuts do not show in fp32. An M1 fold needs it
+    before it can look for max L, so the two reductions cannot be one; but every forward pass in which
+    S-MagNorm acts has made it known already, and under M2 it never changes.
+    """
+    restraints = [update.restraint or Restraint() for update in updates]
+    means = [0.0] * len(updates)
+    if any(u.eps is None and r.eps_relative is not None for u, r in zip(updates, restraints, strict=True)):
+        layers = [_Layer(update, local_slice(update.weight), 0.0) for update in updates]
+        space = _Workspace(layers)
+        totals = torch.zeros(len(updates), dtype=torch.float64, device=space.w.device)
+        for i, layer in enumerate(layers):
+            for low in range(layer.piece.start, layer.piece.end, len(space.w)):
+                high = min(low + len(space.w), layer.piece.end)
+                totals[i] += layer.piece.read(low, high, space.w[: high - low]).double().abs_().sum()
+            totals[i] /= layer.piece.shape.numel()
+        _reduce(totals, layers, "SUM")
+        means = totals.float().tolist()
+    return [
+        float(absolute_eps(mean, r.eps, r.eps_relative)) if update.eps is None else update.eps
+        for update, mean, r in zip(updates, means, restraints, strict=True)
+    ]
+
+
+class _Layer(NamedTuple):
+    """One update, the slice it acts on, and its absolute eps."""
+
+    update: SliceUpdate
+    piece: Slice
+    eps: float
+
+    @property
+    def restraint(self) -> Restraint | None:
+        return self.update.restraint
+
+
+def _layers(updates: Sequence[SliceUpdate]) -> list[_Layer]:
+    epsilons = absolute_epsilons(updates)
+    return [_Layer(u, local_slice(u.weight), eps) for u, eps in zip(updates, epsilons, strict=True)]
+
+
+# What follows the matrix product runs piece by piece, which a CPU's second-level cache should hold.
+_CPU_PIECE = 2**18
+
+
+class _Workspace:
+    """Memory for any layer, where the adapters are: a row block of D, pieces of W and of what follows."""
+
+    def __init__(self, layers: Sequence[_Layer]) -> None:
+        example = layers[0].update
+        device, dtype = example.C.device, compute_dtype(example.C, example.core, example.R)
+        self.elements = block_elements(device)
+        size = max(
+            min(rows, block_height(columns, self.elements)) * columns
+            for rows, columns in (layer.piece.shape for layer in layers)
+        )
+        self.d = torch.empty(size, dtype=dtype, device=device)
+        piece = min(size, _CPU_PIECE) if device.type == "cpu" else size
+        self.w, self.spare = (torch.empty(piece, dtype=dtype, device=device) for _ in range(2))
+
+
+class _Block(NamedTuple):
+    """Elements [low, high) of W and D, and memory of that size; all of it valid until the next block."""
+
+    low: int
+    high: int
+    w: Tensor
+    d: Tensor
+    spare: Tensor
+
+
+def _blocks(layer: _Layer, space: _Workspace) -> Iterator[_Block]:
+    """The slice and D on it in pieces, D from the blocks of the absolute grid that the slice touches."""
+    update, piece = layer.update, layer.piece
+    num_rows, num_columns = piece.shape
+    R = update.R.to(space.d.dtype)
+    for rows in row_blocks(num_rows, num_columns, space.elements):
+        first, last = rows.start * num_columns, rows.stop * num_columns
+        if first >= piece.end or last <= piece.start:
+            continue
+        D = space.d[: last - first]
+        update_block(update.C, update.core, R, update.scaling, rows, out=D.view(-1, num_columns))
+        end = min(last, piece.end)
+        for low in range(max(first, piece.start), end, len(space.w)):
+            high = min(low + len(space.w), end)
+            w = piece.read(low, high, space.w[: high - low])
+            yield _Block(low, high, w, D[low - first : high - first], space.spare[: high - low])
+
+
+def _changed(block: _Block, layer: _Layer, ratio_max: Tensor, out: Tensor) -> Tensor:
+    restraint = layer.restraint
     if restraint is None:
-        return w + d
+        return torch.add(block.w, block.d, out=out)
     return restrain(
-        w,
-        d,
-        ratio_max=ratio_max.to(w.device),
-        eps_abs=eps,
+        block.w,
+        block.d,
+        ratio_max=ratio_max,
+        eps_abs=layer.eps,
         steepness=restraint.steepness,
         form=restraint.form,
+        scratch=block.spare,
+        out=out,
     )
 
 
-def _limiter_sum(
-    w: Tensor, d: Tensor, restraint: Restraint | None, eps: float, ratio_max: Tensor
-) -> Tensor | int:
-    if restraint is None:
-        return w.numel()
-    return limiter(ratio(w, d, eps), ratio_max.to(w.device), restraint.steepness).double().sum()
+def _limiter_sum(block: _Block, layer: _Layer, ratio_max: Tensor) -> Tensor | int:
+    if layer.restraint is None:
+        return block.high - block.low
+    L = ratio(block.w, block.d, layer.eps, out=block.spare)
+    return limiter(L, ratio_max, layer.restraint.steepness, out=L).double().sum()
 
 
-def _blocks(update: SliceUpdate, piece: Slice) -> Iterator[tuple[Tensor, Tensor]]:
-    """Flat pieces of the slice and of D, one for each block of the absolute grid that the slice touches."""
-    num_rows, num_columns = full_shape(update.weight)
-    for rows in row_blocks(num_rows, num_columns):
-        first, last = rows.start * num_columns, rows.stop * num_columns
-        low, high = max(first, piece.start), min(last, piece.end)
-        if low < high:
-            block = update_block(update.C, update.core, update.R, update.scaling, rows).view(-1)
-            d = block[low - first : high - first].to(piece.values.device)
-            yield piece.values[low - piece.start : high - piece.start], d
-
-
-def _eps(updates: Sequence[SliceUpdate], pieces: Sequence[Slice]) -> list[float]:
-    """The absolute eps of each layer; the mean of |W| is summed in double, so cuts do not show in fp32."""
-    restraints = [update.restraint or Restraint() for update in updates]
-    means = [0.0] * len(updates)
-    if any(restraint.eps_relative is not None for restraint in restraints):
-        totals = torch.zeros(len(updates), dtype=torch.float64, device=updates[0].core.device)
-        for i, (update, piece) in enumerate(zip(updates, pieces, strict=True)):
-            in_slice = range(0, piece.end - piece.start, _CHUNK)
-            totals[i] = sum(piece.values[at : at + _CHUNK].double().abs().sum() for at in in_slice)
-            totals[i] /= full_shape(update.weight).numel()
-        _reduce(totals, updates, "SUM")
-        means = totals.float().tolist()
-    return [float(absolute_eps(m, r.eps, r.eps_relative)) for m, r in zip(means, restraints, strict=True)]
-
-
-_CHUNK = 2**20
-
-
-def _largest_ratios(updates: Sequence[SliceUpdate], pieces: Sequence[Slice], eps: Sequence[float]) -> Tensor:
-    """max L of each whole weight, (layers,) fp32."""
-    maxima = torch.zeros(len(updates), device=updates[0].core.device)
-    for i, (update, piece) in enumerate(zip(updates, pieces, strict=True)):
-        for w, d in _blocks(update, piece):
-            maxima[i] = torch.maximum(maxima[i], ratio(w, d, eps[i]).amax().to(maxima.device))
-    _reduce(maxima, updates, "MAX")
+def _largest_ratios(layers: Sequence[_Layer], space: _Workspace) -> Tensor:
+    """max L of each whole weight, (layers,)."""
+    maxima = torch.zeros(len(layers), dtype=space.w.dtype, device=space.w.device)
+    for i, layer in enumerate(layers):
+        for block in _blocks(layer, space):
+            L = ratio(block.w, block.d, layer.eps, out=block.spare)
+            maxima[i] = torch.maximum(maxima[i], L.amax())
+    _reduce(maxima, layers, "MAX")
     return maxima
 
 
-def _reduce(values: Tensor, updates: Sequence[SliceUpdate], operation: str) -> None:
+def _reduce(values: Tensor, layers: Sequence[_Layer], operation: str) -> None:
     """All-reduce the entries of sharded weights, in one call; what every rank computed whole stays."""
-    indices = [i for i, update in enumerate(updates) if is_sharded(update.weight)]
+    indices = [i for i, layer in enumerate(layers) if layer.piece.group is not None]
     if indices:
-        group = updates[indices[0]].weight.ds_process_group
         shared = values[indices]
-        torch.distributed.all_reduce(shared, getattr(torch.distributed.ReduceOp, operation), group=group)
+        reduction = getattr(torch.distributed.ReduceOp, operation)
+        torch.distributed.all_reduce(shared, reduction, group=layers[indices[0]].piece.group)
         values[indices] = shared

@@ -34,6 +34,21 @@ def full_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def settle(parameters: Iterable[Tensor]) -> None:
+    """End the gathers that ZeRO-3 has begun for a pass that did not follow, and let go of what they brought.
+
+    An evaluation leaves some, as its forward pass fetches ahead for a backward pass. Between steps, on every
+    rank; nothing is sent.
+    """
+    for parameter in parameters:
+        if is_sharded(parameter) and parameter.ds_status.name == "INFLIGHT":
+            in_flight = parameter._z3_optimizer.module.ds_inflight_param_registry
+            for fetched, handle in in_flight.items():
+                handle.wait()
+                fetched.partition()
+            in_flight.clear()
+
+
 @contextmanager
 def gathered(parameters: Parameter | Iterable[Parameter], *, writable: bool = False) -> Iterator[None]:
     """Whole parameters inside the block, slices again after it.
@@ -43,6 +58,7 @@ def gathered(parameters: Parameter | Iterable[Parameter], *, writable: bool = Fa
         writable: what rank 0 holds at the end of the block becomes the new value on every rank.
     """
     wanted = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    settle(wanted)
     wanted = [p for p in wanted if is_sharded(p) and (writable or not is_available(p))]
     if not wanted:
         yield
@@ -102,6 +118,7 @@ def zero_(parameter: Parameter) -> None:
         if _has_master(parameter):
             set_parameter(parameter, torch.zeros_like(parameter))
         return
+    settle([parameter])
     if is_available(parameter):
         parameter.detach().zero_()
     parameter.ds_tensor.data.zero_()
@@ -161,6 +178,7 @@ def gathered_forward(model: nn.Module, *, keep_bytes: int = 0) -> Iterator[None]
             if users[id(parameter)] == 0 and held.pop(id(parameter), None) is not None:
                 parameter.partition()
 
+    settle(model.parameters())
     for module in model.modules():
         if _read_by(module):
             handles.append(module.register_forward_pre_hook(enter))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,14 @@ from torch.nn import Parameter
 from secura_ds.sharding.partition import gathered, is_available, is_sharded
 
 
+def is_packed(weight: object) -> bool:
+    """True for a bitsandbytes 4-bit parameter, gathered or not."""
+    return type(weight).__name__ == "Params4bit"
+
+
 def is_quantized(module: nn.Module) -> bool:
     """True for a bitsandbytes 4-bit linear layer."""
-    return type(getattr(module, "weight", None)).__name__ == "Params4bit"
+    return is_packed(getattr(module, "weight", None))
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
@@ -39,11 +45,73 @@ def dequantized(module: nn.Module) -> Tensor:
 def _unpack(weight: Parameter) -> Tensor:
     import bitsandbytes as bnb
 
-    data, state = weight.data, weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        # The conversion back edits the state it is given, and the layer still computes with its own.
-        data, state = bnb.nn.modules._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
-    return bnb.functional.dequantize_4bit(data, state)
+    return bnb.functional.dequantize_4bit(*_portable(weight.data, weight.quant_state))
+
+
+def _portable(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Packed data and its constants in the format that all devices share."""
+    if not getattr(state, "packing_format_for_cpu", False):
+        return data, state
+    import bitsandbytes as bnb
+
+    # The conversion back edits the state it is given, and the layer still computes with its own.
+    data, state = bnb.nn.modules._convert_weight_packed_for_cpu_inverse(data, copy.deepcopy(state))
+    return data, state
+
+
+def packed_bytes(stored: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """The packed numbers, or a rank's part of them, as flat bytes of two weights each, and the constants."""
+    data, state = _portable(stored, state)
+    return data.view(-1).view(torch.uint8), state
+
+
+def unpack_part(packed: Tensor, state: Any, start: int, low: int, high: int) -> Tensor:
+    """Elements [low, high) of a weight, dequantized to the dtype it was quantized from, on `state`'s device.
+
+    They are the bits that dequantizing the whole weight gives; memory is that of the elements asked for.
+
+    Args:
+        packed: bytes of two weights each, the first of them element `start`, which is even.
+        state: bitsandbytes' constants of the *whole* weight.
+    """
+    import bitsandbytes as bnb
+
+    # Constants belong to blocks of elements; what a block has on other ranks stays 0.
+    size = state.blocksize
+    first, last = low // size, -(-high // size)
+    begin = max(first * size, start)
+    data = torch.zeros((last - first) * size // 2, dtype=torch.uint8, device=state.absmax.device)
+    part = packed[(begin - start) // 2 : (last * size - start) // 2]
+    data[(begin - first * size) // 2 :][: len(part)] = part
+    own = bnb.functional.QuantState(
+        absmax=_constants(state, first, last),
+        # One flat row: with several, bitsandbytes' CPU kernel goes astray unless blocks end where rows do.
+        shape=(2 * len(data),),
+        code=state.code,
+        blocksize=size,
+        quant_type=state.quant_type,
+        dtype=state.dtype,
+    )
+    values: Tensor = bnb.functional.dequantize_4bit(data.view(-1, 1), own).view(-1)
+    return values[low - first * size : high - first * size]
+
+
+def _constants(state: Any, first: int, last: int) -> Tensor:
+    """The largest magnitude of each block [first, last), fp32; in double quantization it is 8-bit itself."""
+    if not state.nested:
+        return state.absmax[first:last].float()
+    import bitsandbytes as bnb
+
+    size = state.state2.blocksize
+    start = first // size * size
+    constants = bnb.functional.dequantize_blockwise(
+        state.absmax[start:last],
+        absmax=state.state2.absmax[start // size : -(-last // size)],
+        code=state.state2.code,
+        blocksize=size,
+    )
+    constants += state.offset
+    return constants[first - start :].float()
 
 
 def keep_exact(model: nn.Module) -> None:

@@ -66,11 +66,13 @@ def load_parameters(
             names.setdefault(parameter, f"{prefix}.{name}" if prefix else name)
     for parameter, places in progress(list(owners.items())):
         module = places[0][0]
-        value = read(names[parameter])
+        # bitsandbytes makes an fp32 bias, and casts it in the first forward pass.
+        dtype = compute_dtype(module) if is_quantized(module) else parameter.dtype
+        value = read(names[parameter]).to(dtype)
         if is_quantized(module) and parameter is module.weight:
-            loaded = quantized_parameter(module, value.to(compute_dtype(module)), device)
+            loaded = quantized_parameter(module, value, device)
         else:
-            loaded = Parameter(value.to(device, parameter.dtype), requires_grad=False)
+            loaded = Parameter(value.to(device), requires_grad=False)
         del value
         for owner, attribute in places:
             setattr(owner, attribute, loaded)

@@ -33,7 +33,7 @@ STATISTICS_LINES = 20  # of layer statistics, in a run
 
 
 class StopRequested(Exception):
-    """A signal asked for the end while an evaluation was running; raised on all ranks at the same batch."""
+    """A signal asked for the end of an evaluation or an export; raised on all ranks at the same point."""
 
 
 class Signals:
@@ -111,7 +111,11 @@ class Agreement(TrainerCallback):
 
     def on_prediction_step(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
         """Stop in the middle of an evaluation, too: it may take longer than a cluster waits."""
-        interrupts, terminations = total(self._signal(), args.device)
+        self.stop_if_asked(args.device)
+
+    def stop_if_asked(self, device: torch.device) -> None:
+        """Raise `StopRequested` on all ranks if one of them was sent a signal; collective."""
+        interrupts, terminations = total(self._signal(), device)
         if interrupts or terminations:
             self.stopped_by = signal.SIGINT if interrupts else signal.SIGTERM
             raise StopRequested

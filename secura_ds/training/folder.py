@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,31 @@ from secura_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+MERGED = "merged"
 OWN_FILES = (
     "adapter", "checkpoints", "logs", "metrics.jsonl", "statistics.jsonl", "calibration.jsonl",
     "run.json", "recipe.resolved.json", "environment.json", "evaluation.before.json",
     "evaluation.after.json", "merge.json", "report.html", "plots",
+    MERGED, f"{MERGED}.partial", f".{MERGED}.partial.lock",
 )  # fmt: skip
 # What may differ between a run and its continuation without making it another run.
 FREE_SETTINGS = ("name", "description", "training", "evaluation")
 
 
-def check(folder: Path, *, resume: bool, overwrite: bool, reads: Path | None = None) -> None:
+def check(folder: Path, *, resume: bool, overwrite: bool, reads: Sequence[Path] = ()) -> None:
     """Refuse `folder` because an earlier run lies there; changes nothing. Main process only.
 
     Args:
-        reads: a file that the new run needs.
+        reads: files and folders that the new run needs.
 
     Raises:
         UserError: the folder holds a run and neither `resume` nor `overwrite` is set, or both are, or
             `overwrite` would delete what the new run reads.
     """
     own = [(folder / name).resolve() for name in OWN_FILES]
-    if overwrite and reads is not None and any(reads.resolve().is_relative_to(path) for path in own):
-        raise UserError(f"the recipe reads {reads}, which --overwrite would delete: move the file elsewhere")
+    for needed in reads if overwrite else ():
+        if any(needed.resolve().is_relative_to(path) for path in own):
+            raise UserError(f"the recipe reads {needed}, which --overwrite would delete: move it elsewhere")
     if resume and overwrite:
         raise UserError(
             "--resume continues the run in the output folder, --overwrite deletes it: give one of them"

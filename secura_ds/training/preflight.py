@@ -12,6 +12,7 @@ import torch
 from secura_ds import environment
 from secura_ds.errors import UserError
 from secura_ds.recipe import Recipe
+from secura_ds.sharding import refuse_unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ def _check_settings(settings: Any, recipe: Recipe, path: str) -> None:
             f"{path}: zero_optimization.stage is {stage!r}: 1, 2 or 3; for one device leave "
             "training.deepspeed null"
         )
+    refuse_unsupported(settings, path)
     optimizer = recipe.training.optimizer
     if optimizer not in SHARDED_OPTIMIZERS:
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,12 @@ from secura_ds.training.callbacks import (
     cut_log,
     peak_memory,
 )
+from secura_ds.training.export import export, require_exportable, require_names
 from secura_ds.training.memory import check_memory
 from secura_ds.training.model import build_model, describe_adapter, frozen_factors, trainable
 from secura_ds.training.ranks import on_main
 from secura_ds.training.trainer import Trainer
+from secura_ds.training.watch import watching
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,8 @@ class RunSummary:
     tokens: int
     signal: int | None = None
     """The signal that interrupted the run."""
+    merged: str | None = None
+    """The merged checkpoint, where the recipe asks for one."""
     planned_memory_bytes: int | None = None
     """What the plan said before the run; None without a memory check."""
 
@@ -83,23 +87,39 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
     folder = Path(recipe.training.output_dir).absolute()
     settings = preflight.deepspeed_settings(recipe)
     arguments = make_arguments(recipe, folder, settings)
+    with watching():
+        return _train(recipe, folder, settings, arguments, began, resume=resume, overwrite=overwrite)
+
+
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    settings: dict[str, Any] | None,
+    arguments: SFTConfig,
+    began: float,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> RunSummary:
+    """`train`, once the ranks are connected."""
     preflight.limit_threads()
-    text = _calibration_text(recipe)
-    on_main(lambda: folders.check(folder, resume=resume, overwrite=overwrite, reads=text))
+    on_main(lambda: folders.check(folder, resume=resume, overwrite=overwrite, reads=_reads(recipe)))
+    base = None
+    if recipe.training.save_merged:
+        base = on_main(lambda: require_exportable(recipe, folder, resume=resume, overwrite=overwrite))
     # The data first: what is wrong with it shows before minutes go into loading and calibrating.
     train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
     planned = check_memory(recipe, train_rows, settings)
     found = on_main(lambda: _find_checkpoint(recipe, folder)) if resume else None
     trainer = _make_trainer(
-        recipe, folder, arguments, settings, (train_rows, validation), found, overwrite=overwrite
+        recipe, folder, arguments, settings, (train_rows, validation), found, base, overwrite=overwrite
     )
     signals = Signals()
     agreement = _add_callbacks(trainer, recipe, folder, signals)
     with signals.watched():
         _run(trainer, found)
-        status = _status(agreement)
-        if status == "finished":
-            _finish(trainer, folder)
+        merged = _finish(trainer, folder, base, agreement) if _status(agreement) == "finished" else None
+    status = _status(agreement)
     summary = RunSummary(
         status=status,
         steps=trainer.state.global_step,
@@ -109,6 +129,7 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
         trainable_parameters=_count(trainer.model),
         tokens=int(trainer.total_tokens),
         signal=agreement.stopped_by,
+        merged=merged,
     )
     on_main(lambda: atomic_write_json(folder / "run.json", asdict(summary)))
     if status == "stopped":
@@ -116,11 +137,13 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
     return summary
 
 
-def _calibration_text(recipe: Recipe) -> Path | None:
-    """The recipe's own text for calibration, often that of an earlier run."""
+def _reads(recipe: Recipe) -> list[Path]:
+    """What the recipe may take from an earlier run: its text for calibration, its merged checkpoint."""
     adapter = recipe.adapter
     text = adapter.calibration.text if isinstance(adapter, SecuraAdapter) else None
-    return None if text is None else recipe.resolve_path(text)
+    found = [] if text is None else [recipe.resolve_path(text)]
+    backbone = Path(recipe.backbone.model)
+    return [*found, backbone] if backbone.is_dir() else found
 
 
 def _find_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
@@ -161,6 +184,7 @@ def _make_trainer(
     settings: dict[str, Any] | None,
     data: tuple[Dataset, Dataset | None],
     found: Path | None,
+    base: Path | None,
     *,
     overwrite: bool,
 ) -> Trainer:
@@ -176,6 +200,8 @@ def _make_trainer(
         factors=files.read_factors(checkpoints) if resumed is not None else None,
     )
     logger.info("%s", describe_adapter(model, recipe))
+    if base is not None:
+        on_main(lambda: require_names(model, base))
     # Only now is an earlier run deleted: what the recipe asks for fits the backbone.
     on_main(lambda: _open_folder(recipe, folder, found, calibrations, overwrite=overwrite))
     calibrations.clear()  # the factors are in the model
@@ -228,8 +254,12 @@ def _status(agreement: Agreement) -> str:
     return "interrupted" if agreement.stopped_by is not None else "finished"
 
 
-def _finish(trainer: Trainer, folder: Path) -> None:
-    """Write the adapter and its tokenizer, and read them back."""
+def _finish(trainer: Trainer, folder: Path, base: Path | None, agreement: Agreement) -> str | None:
+    """Write the adapter and its tokenizer, read them back, and merge them into `base`, if there is one.
+
+    Returns:
+        The folder of the merged checkpoint, if it was asked for and no signal came before its end.
+    """
     model: PeftModel = trainer.model
     config = model.peft_config["default"]
     if isinstance(config, SecuraConfig) and config.strategy == "M1":
@@ -242,6 +272,10 @@ def _finish(trainer: Trainer, folder: Path) -> None:
             trainer.processing_class.save_pretrained(place)
     on_main(lambda: _check_adapter(target, len(trainable(model))))
     logger.info("saved %s", target)
+    if base is not None:
+        with suppress(StopRequested):
+            return export(model, trainer.args, base, folder, agreement).out
+    return None
 
 
 def _check_adapter(folder: Path, trained: int) -> None:

@@ -1,11 +1,9 @@
-"""TRL's SFTTrainer with resumable state of our own, and losses computed only where they count."""
+"""TRL's SFTTrainer with resumable state of our own, and a loss that never forms all logits at once."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ from transformers.trainer_pt_utils import BatchRebalanceSampler
 from trl import SFTConfig, SFTTrainer
 
 from secura_ds import sharding
+from secura_ds.backbones import head
+from secura_ds.backbones.head import IGNORED
 from secura_ds.training import checkpoint as files
 from secura_ds.training import state as states
 from secura_ds.training.checkpoint import Checkpoint
@@ -69,6 +69,10 @@ class Trainer(SFTTrainer):
             # SFTTrainer casts what is trained on a 4-bit model to bfloat16, which loses small updates.
             if parameter.dtype != exact[name].dtype:
                 parameter.data = exact[name]
+        backbone = model.get_base_model()
+        self.summed_loss = head.computes_summed_loss(backbone)
+        if self.summed_loss:
+            head.add_summed_loss(backbone)
         # SFTTrainer forces the reentrant kind under ZeRO-3, which DeepSpeed needs no longer.
         self.args.activation_checkpointing_kwargs = {"use_reentrant": reentrant}
 
@@ -106,17 +110,14 @@ class Trainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean loss per learnt token. On a CPU the head runs at those tokens only, as TRL's does on a GPU."""
-        if inputs["input_ids"].device.type != "cpu" or return_outputs:
+        """Mean loss per learnt token, over all ranks. Families that `head` does not know go TRL's way."""
+        if not self.summed_loss or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"][:, 1:]
-        learnt = labels != -100
-        given = {key: value for key, value in inputs.items() if key != "labels"}
-        with _head_only_at(self.accelerator.unwrap_model(model).get_output_embeddings(), learnt):
-            logits = model(**given, use_cache=False).logits
-        loss = F.cross_entropy(logits.float(), labels[learnt], reduction="sum")
+        # The target of a position is the next token; the last position has none.
+        targets = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        loss = model(**{key: value for key, value in inputs.items() if key != "labels"}, targets=targets)
         if num_items_in_batch is None:
-            return loss / learnt.sum().clamp(min=1)
+            return loss / (targets != IGNORED).sum().clamp(min=1)
         # The count is over all ranks, whose gradients are averaged.
         return loss / torch.as_tensor(num_items_in_batch).clamp(min=1) * self.accelerator.num_processes
 
@@ -188,20 +189,3 @@ class Trainer(SFTTrainer):
         if own is not None:
             self._globalstep_last_logged = counters["last_logged"]
             self._tr_loss += own["loss"]
-
-
-@contextmanager
-def _head_only_at(head: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Let `head` see hidden states (batch, length, hidden) only at `positions` (batch, length - 1).
-
-    It runs as a module, so that ZeRO-3 gathers its weight as ever; logits become (positions, vocabulary).
-    """
-
-    def select(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (inputs[0][:, :-1][positions],)
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -12,7 +12,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -25,6 +25,16 @@ from secura_ds.adapter import adapter_state, fold, layer_statistics, save_adapte
 from secura_ds.errors import UserError  # noqa: E402
 
 LEARNING_RATE = 0.02
+OFFLOADED = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+# Fetches ahead of use, and lets go of what was used at once.
+PREFETCHING = {
+    "overlap_comm": True,
+    "stage3_prefetch_bucket_size": 10_000,
+    "stage3_max_live_parameters": 30_000,
+    "stage3_max_reuse_distance": 0,
+}
+# Between the sizes of a q_proj (64 x 64) and a gate_proj (160 x 64).
+SOME_PERSISTENT = {"stage3_param_persistence_threshold": 64 * 64}
 VARIANTS: dict[str, dict[str, Any]] = {
     "merge": {"apply": "merge"},
     "merge, reentrant": {"apply": "merge", "checkpointing": True},
@@ -32,9 +42,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "forward": {"apply": "forward"},
     "forward, reentrant": {"apply": "forward", "checkpointing": True},
     "forward, not reentrant": {"apply": "forward", "checkpointing": False},
+    "forward, accumulated": {"apply": "forward", "accumulate": 2},
+    "forward, accumulated, reentrant": {"apply": "forward", "accumulate": 2, "checkpointing": True},
+    "forward, offloaded": {"apply": "forward", "zero": OFFLOADED, "checkpointing": False},
+    "forward, prefetching": {"apply": "forward", "zero": PREFETCHING},
     "forward, M1": {"apply": "forward", "strategy": "M1"},
-    "forward, M1, persistent": {"apply": "forward", "strategy": "M1", "threshold": 10**6},
-    "forward, ZeRO-2": {"apply": "forward", "stage": 2},
+    "forward, M1, relative eps": {"apply": "forward", "strategy": "M1", "eps_relative": 0.5},
+    "forward, M1, offloaded": {"apply": "forward", "strategy": "M1", "zero": OFFLOADED},
+    "forward, M1, persistent": {
+        "apply": "forward",
+        "strategy": "M1",
+        "zero": {"stage3_param_persistence_threshold": 10**6},
+    },
+    "forward, M1, some persistent, prefetching": {
+        "apply": "forward",
+        "strategy": "M1",
+        "zero": PREFETCHING | SOME_PERSISTENT,
+        "accumulate": 2,
+    },
+    "forward, ZeRO-2": {"apply": "forward", "zero": {"stage": 2}},
 }
 # Not bit-equal on two ranks, because the mean over the batch is rounded to bf16 elsewhere.
 BF16_VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,15 +69,27 @@ BF16_VARIANTS: dict[str, dict[str, Any]] = {
     "4-bit, forward": {"apply": "forward", "bf16": True, "nf4": True},
 }
 
+# What one rank under the launcher does too, in the bits of a process without DeepSpeed.
+ALONE = (
+    "forward",
+    "forward, reentrant",
+    "forward, accumulated",
+    "forward, offloaded",
+    "forward, M1, relative eps",
+    "forward, M1, some persistent, prefetching",
+    "forward, ZeRO-2",
+)
+
 
 def variant_config(variant: dict[str, Any]) -> dict[str, Any]:
     """The SecuraConfig settings of one variant."""
-    return {"smagnorm": {"apply": variant["apply"]}, "strategy": variant.get("strategy", "M2")}
+    smagnorm = {key: variant[key] for key in ("apply", "eps_relative") if key in variant}
+    return {"smagnorm": smagnorm, "strategy": variant.get("strategy", "M2")}
 
 
-def batches() -> Tensor:
-    """Token ids (steps, batch 2, length)."""
-    return toys.tokens(batch=10, length=12).view(5, 2, 12)
+def batches(size: int) -> Tensor:
+    """Token ids (steps, batch, length)."""
+    return toys.tokens(batch=5 * size, length=12).view(5, size, 12)
 
 
 def prepare(model: PeftModel, variant: dict[str, Any]) -> None:
@@ -62,12 +100,15 @@ def prepare(model: PeftModel, variant: dict[str, Any]) -> None:
         model.enable_input_require_grads()
 
 
-def deepspeed_config(stage: int = 3, threshold: int = 0, bf16: bool = False) -> dict[str, Any]:
-    """A DeepSpeed configuration for one sample on each rank."""
+def deepspeed_config(bf16: bool = False, accumulate: int = 1, **zero: Any) -> dict[str, Any]:
+    """A DeepSpeed configuration for one sample on each rank at a time; `zero` are settings of its section."""
     return {
         "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulate,
         "bf16": {"enabled": bf16},
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": threshold},
+        # torch's AdamW also where the optimizer is offloaded, as the single process has it.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0} | zero,
     }
 
 
@@ -86,9 +127,11 @@ def load(base: str, config: dict[str, Any], nf4: bool = False) -> LlamaForCausal
     return model
 
 
-def start(base: str, settings: dict[str, Any], nf4: bool = False, **zero: Any) -> tuple[PeftModel, Any]:
+def start(
+    base: str, settings: dict[str, Any], config: dict[str, Any] | None = None, nf4: bool = False
+) -> tuple[PeftModel, Any]:
     """A toy model with an adapter, and the engine that trains it."""
-    config = deepspeed_config(**zero)
+    config = config or deepspeed_config()
     model = get_peft_model(load(base, config, nf4), toys.config(**settings))
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0)
@@ -96,27 +139,39 @@ def start(base: str, settings: dict[str, Any], nf4: bool = False, **zero: Any) -
 
 
 def losses_of(base: str, variant: dict[str, Any]) -> list[float]:
-    """Losses of a two-rank run, averaged over the ranks."""
-    zero = {key: variant[key] for key in ("stage", "threshold", "bf16", "nf4") if key in variant}
-    model, engine = start(base, variant_config(variant), **zero)
+    """Losses of a run on all ranks, averaged over them."""
+    accumulate = variant.get("accumulate", 1)
+    config = deepspeed_config(variant.get("bf16", False), accumulate, **variant.get("zero", {}))
+    model, engine = start(base, variant_config(variant), config, variant.get("nf4", False))
     prepare(model, variant)
+    check_start(model, engine, variant)
+
+    def step(batch: Tensor) -> float:
+        total = torch.zeros(())
+        for own in batch.view(dist.get_world_size(), accumulate, 1, -1)[dist.get_rank()]:
+            loss = engine(input_ids=own, labels=own).loss
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().float() / accumulate
+        dist.all_reduce(total)
+        return float(total) / dist.get_world_size()
+
+    losses = toys.train(model, step, batches(dist.get_world_size() * accumulate), fold_every=2)
+    engine.destroy()
+    return losses
+
+
+def check_start(model: PeftModel, engine: Any, variant: dict[str, Any]) -> None:
+    """The engine has what the variant says, and owns no fp32 master of a frozen weight."""
     adapter = next(iter(secura_layers(model).values()))
     expected = torch.bfloat16 if variant.get("bf16") else torch.float32
     assert adapter.secura_A["default"].dtype == adapter.secura_B["default"].dtype == expected
     assert adapter.secura_U["default"].dtype == torch.float32
-
-    def step(batch: Tensor) -> float:
-        own = batch[dist.get_rank()][None]
-        loss = engine(input_ids=own, labels=own).loss
-        engine.backward(loss)
-        engine.step()
-        value = loss.detach().float().clone()
-        dist.all_reduce(value)
-        return float(value) / dist.get_world_size()
-
-    losses = toys.train(model, step, batches(), fold_every=2)
-    engine.destroy()
-    return losses
+    zero = variant.get("zero", {})
+    assert (engine.zero_offload_param() is not None) == (zero == OFFLOADED) == engine.zero_cpu_offload()
+    if zero.get("stage", 3) == 3:
+        masters = sum(flat.numel() for flat in engine.optimizer.fp32_partitioned_groups_flat)
+        assert masters == sum(p.ds_tensor.numel() for p in model.parameters() if p.requires_grad)
 
 
 def check_creation(base: str) -> dict[str, Any]:
@@ -191,47 +246,6 @@ def refusal(action: Any) -> str:
     return "nothing was refused"
 
 
-SHAPES = [(1031, 517), (3, 1001), (53, 37), (7, 5)]
-
-
-def slice_updates(weights: list[Tensor], restraint: sharding.Restraint | None) -> list[sharding.SliceUpdate]:
-    """Updates of rank 2 for weights of SHAPES, the same wherever they are made."""
-    updates = []
-    for i, (weight, (rows, columns)) in enumerate(zip(weights, SHAPES, strict=True)):
-        g = torch.Generator().manual_seed(i)
-        C, core, R = (torch.randn(s, generator=g) for s in ((rows, 2), (2, 2), (2, columns)))
-        updates.append(sharding.SliceUpdate(weight, C, core, R, 0.5, restraint))
-    return updates
-
-
-def uneven_weights() -> list[Tensor]:
-    return [torch.randn(s, generator=torch.Generator().manual_seed(10 + i)) for i, s in enumerate(SHAPES)]
-
-
-RESTRAINTS = {
-    "absolute": sharding.Restraint(),
-    "relative": sharding.Restraint(eps=None, eps_relative=0.5),
-    "average": sharding.Restraint(form="average"),
-    "never": None,
-}
-
-
-def check_slices() -> dict[str, bool]:
-    """Whether M1 on the slices of uneven weights gives the bits of the unsharded fold."""
-    result = {}
-    for name, restraint in RESTRAINTS.items():
-        module = nn.Module()
-        for i, weight in enumerate(uneven_weights()):
-            module.register_parameter(f"w{i}", nn.Parameter(weight))
-        deepspeed.zero.Init(module=module, config_dict_or_path=deepspeed_config())
-        sharded = list(module.parameters())
-        sharding.fold_slices(slice_updates(sharded, restraint))
-        expected = uneven_weights()
-        sharding.fold_slices(slice_updates(expected, restraint))
-        result[name] = all(torch.equal(sharding.whole(p), e) for p, e in zip(sharded, expected, strict=True))
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--base")
@@ -240,14 +254,15 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     deepspeed.init_distributed()
-    result = {
-        "creation": check_creation(arguments.base),
-        "slices": check_slices(),
-        "saving": check_saving(arguments.base, arguments.out.parent / "adapter"),
-        "losses": {
-            name: losses_of(arguments.base, variant) for name, variant in (VARIANTS | BF16_VARIANTS).items()
-        },
+    variants = VARIANTS | BF16_VARIANTS
+    if dist.get_world_size() == 1:
+        variants = {name: variants[name] for name in ALONE}
+    result: dict[str, Any] = {
+        "losses": {name: losses_of(arguments.base, variant) for name, variant in variants.items()}
     }
+    if dist.get_world_size() > 1:
+        result["creation"] = check_creation(arguments.base)
+        result["saving"] = check_saving(arguments.base, arguments.out.parent / "adapter")
     if dist.get_rank() == 0:
         arguments.out.write_text(json.dumps(result))
     dist.barrier()

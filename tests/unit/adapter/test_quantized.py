@@ -82,6 +82,20 @@ def test_forward_equals_the_weight_that_is_merged(checkpoint: Path) -> None:
     assert statistics["relative_change"] == pytest.approx(change, rel=0.01)
 
 
+def test_relative_eps_refers_to_the_dequantized_weight(checkpoint: Path) -> None:
+    model = adapted(checkpoint, smagnorm={"apply": "forward", "eps_relative": 0.5})
+    adapter = secura_layers(model)["model.layers.0.mlp.up_proj"]
+    model.train()
+    loss = model(input_ids=toys.tokens(), labels=toys.tokens()).loss
+    assert torch.isfinite(loss)
+    mean = float(sharding.dequantized(adapter.get_base_layer()).float().abs().mean())
+    assert adapter.known_eps("default") == pytest.approx(0.5 * mean, rel=1e-5)
+    known = adapter.known_eps("default")
+    adapter.forget()
+    layer_statistics(model)
+    assert adapter.known_eps("default") == known
+
+
 def test_m1_is_refused_with_reason_and_remedy(checkpoint: Path) -> None:
     with pytest.raises(UserError) as error:
         get_peft_model(toys.nf4_llama(checkpoint), toys.config(strategy="M1"))

@@ -36,7 +36,7 @@ def plain(p: dict[str, Tensor], restraint: Restraint, scaling: float) -> Tensor:
 def test_gradient_equals_plain_autograd(
     restraint: Restraint, block_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cabr, "BLOCK_ELEMENTS", block_elements)
+    monkeypatch.setattr(restrained, "_CPU_ELEMENTS", block_elements)
     p = parts()
     trained = [p[name].requires_grad_() for name in ("x", "A", "B")]
     expected_y = plain(p, restraint, 0.7)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
@@ -95,11 +96,13 @@ def test_attention_follows_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("secura_ds.backbones.family.is_flash_attn_2_available", lambda: False)
     assert choose_attention(LlamaConfig(**TOY))[0] == "sdpa"
     kernel, reason = choose_attention(Gemma2Config(**TOY))
-    assert kernel == "eager" and "no sdpa: gemma2 does not support it" in reason
-    with pytest.raises(
-        UserError, match='backbone.attention is "sdpa": gemma2 does not support it; use "auto"'
-    ):
+    assert kernel == "eager"
+    assert "no sdpa: the attention scores of gemma2 are soft-capped, which it cannot do" in reason
+    with pytest.raises(UserError, match='backbone.attention is "sdpa": .* soft-capped.*; use "auto"'):
         choose_attention(Gemma2Config(**TOY), "sdpa")
+    with pytest.raises(ValueError, match="does not support an attention implementation"):
+        # What the rule rests on: without it, this would be the user's error.
+        AutoModelForCausalLM.from_config(Gemma2Config(**TOY), attn_implementation="sdpa")
     with pytest.raises(UserError, match="the package flash-attn or a GPU is missing"):
         choose_attention(LlamaConfig(**TOY), "flash_attention_2")
 

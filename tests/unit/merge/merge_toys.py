@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +45,18 @@ def toy_config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**settings, **changes})
 
 
-def make_base(folder: Path, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0, **changes: Any) -> Path:
+def make_base(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    shard: str = "40KB",
+    **changes: Any,
+) -> Path:
     """A sharded toy checkpoint with the files that lie beside weights."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(toy_config(**changes)).to(dtype)
-    model.save_pretrained(folder, max_shard_size="40KB")
+    model.save_pretrained(folder, max_shard_size=shard)
     for name in ("tokenizer.json", "chat_template.jinja", "LICENSE"):
         (folder / name).write_text(f"{name} of the base")
     (folder / "README.md").write_text("the base's card")
@@ -142,3 +153,28 @@ def make_quantized(tmp_path: Path, base: Path) -> tuple[Path, dict[str, torch.Te
         tmp_path / "adapter", base, held=held, base_quantization=NF4, quantized_modules=quantized
     )
     return adapter, held, quantized
+
+
+# Edits for workers: a process that is spawned finds them by name.
+
+
+def die(weight: torch.Tensor) -> torch.Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return weight
+
+
+def fill_disk(weight: torch.Tensor) -> torch.Tensor:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def break_weight(weight: torch.Tensor) -> torch.Tensor:
+    return weight.fill_(float("inf"))
+
+
+def fail(weight: torch.Tensor) -> torch.Tensor:
+    return weight / (1 // 0)
+
+
+def never_end(weight: torch.Tensor) -> torch.Tensor:
+    time.sleep(600)
+    return weight

@@ -123,3 +123,9 @@ def test_the_merge_line() -> None:
         == "The merged model was not compared with the adapter model: it was left out."
     )
     assert verdict.merge_line(None) is None
+    for onto, expected in (
+        ("trained", "The update is on the 4-bit weights that training saw, dequantized."),
+        ("original", "The update is on the base's own weights; training saw them rounded to 4 bits."),
+    ):
+        line = verdict.merge_line({**MERGE, "trained_in_4_bits": True, "onto": onto})
+        assert line is not None and line.endswith(f"nats per token). {expected}")

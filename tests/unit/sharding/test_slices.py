@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import bitsandbytes as bnb
 import pytest
 import torch
+from allocated import AllocatedPeak
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,7 +15,15 @@ from torch import Tensor
 from secura_ds import sharding
 from secura_ds.errors import UserError
 from secura_ds.method import cabr, smagnorm
-from secura_ds.sharding import Restraint, SliceUpdate, fold, fold_slices, local_slice, slice_statistics
+from secura_ds.sharding import (
+    Restraint,
+    SliceUpdate,
+    absolute_epsilons,
+    fold,
+    fold_slices,
+    local_slice,
+    slice_statistics,
+)
 
 
 class Ranks:
@@ -33,6 +43,7 @@ class Ranks:
             ds_numel=self.shape.numel(),
             ds_tensor=stored,
             ds_secondary_tensor=None,
+            ds_process_group="all ranks",
             ds_zero_partition_rank=rank,
             ds_status=SimpleNamespace(name="NOT_AVAILABLE"),
         )
@@ -82,16 +93,19 @@ RESTRAINTS = [Restraint(), Restraint(eps=None, eps_relative=0.5), Restraint(form
     world=st.integers(1, 9),
     restraint=st.sampled_from(RESTRAINTS),
     block=st.sampled_from([8, 64, 500, 2**18]),
+    pieces=st.tuples(st.integers(1, 700), st.integers(1, 700)),
 )
 def test_any_boundary_gives_the_same_bits(
-    rows: int, columns: int, world: int, restraint: Restraint | None, block: int
+    rows: int, columns: int, world: int, restraint: Restraint | None, block: int, pieces: tuple[int, int]
 ) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(cabr, "BLOCK_ELEMENTS", max(block, columns))
+        monkeypatch.setattr(fold, "_CPU_PIECE", pieces[0])
         weight, update = make(rows, columns)
         update = update._replace(restraint=restraint)
         whole = weight.clone()
         fold_slices([update._replace(weight=whole)])
+        monkeypatch.setattr(fold, "_CPU_PIECE", pieces[1])
         with pytest.MonkeyPatch.context() as inner:
             found = fold_by_ranks(weight, update, world, inner)
         assert torch.equal(found, whole)
@@ -115,30 +129,77 @@ def test_no_update_leaves_every_bit() -> None:
     assert found.ratio_max == found.relative_change == 0
 
 
-def test_extra_memory_is_a_few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, update = make(4096, 1024)
-    largest = 0
-    block = cabr.update_block
-
-    def watch(*arguments: object) -> Tensor:
-        nonlocal largest
-        result = block(*arguments)  # type: ignore[arg-type]
-        largest = max(largest, result.numel())
-        return result
-
-    monkeypatch.setattr(fold, "update_block", watch)
-    fold_slices([update._replace(weight=weight)])
-    assert largest == 2**18 < weight.numel() / 8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1024, 8192])
+def test_extra_memory_is_a_block_and_two_pieces_whatever_the_layers_size(
+    dtype: torch.dtype, rows: int
+) -> None:
+    weight, update = make(rows, 1024, dtype)
+    blocks = 4 * (cabr.BLOCK_ELEMENTS + 2 * fold._CPU_PIECE)
+    with AllocatedPeak() as extra:
+        fold_slices([update._replace(weight=weight)])
+    # Beside the blocks there are R and a block's rows of C and C core, in fp32, all of rank 2.
+    assert blocks <= extra.bytes <= blocks + 4 * 2 * 4 * 1024 + 4096
 
 
 def test_slice_without_padding() -> None:
     ranks = Ranks(torch.arange(7.0).view(7, 1), world=3)
     pieces = [local_slice(ranks.parameter(rank)) for rank in range(3)]
-    assert [(p.start, p.end, p.values.tolist()) for p in pieces] == [
-        (0, 3, [0.0, 1.0, 2.0]),
-        (3, 6, [3.0, 4.0, 5.0]),
-        (6, 7, [6.0]),
-    ]
+    found = [(p.start, p.end, p.read(p.start, p.end, torch.empty(p.end - p.start)).tolist()) for p in pieces]
+    assert found == [(0, 3, [0.0, 1.0, 2.0]), (3, 6, [3.0, 4.0, 5.0]), (6, 7, [6.0])]
+    # More ranks than elements: the last ones hold padding only.
+    empty = local_slice(Ranks(torch.zeros(2, 1), world=4).parameter(3))
+    assert empty.start == empty.end == 2
+
+
+Params4bit = type("Params4bit", (SimpleNamespace,), {})  # slices tell 4-bit weights by their type's name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    blocks=st.integers(1, 5),
+    world=st.integers(1, 7),
+    storage=st.sampled_from([torch.bfloat16, torch.uint8]),
+    double=st.booleans(),
+    data=st.data(),
+)
+def test_pieces_of_4_bit_slices_are_pieces_of_the_dequantized_weight(
+    rows: int, blocks: int, world: int, storage: torch.dtype, double: bool, data: st.DataObject
+) -> None:
+    weight = torch.randn(rows, 64 * blocks, generator=torch.Generator().manual_seed(rows))
+    packed, state = bnb.functional.quantize_4bit(
+        weight, quant_type="nf4", quant_storage=storage, compress_statistics=double, blocksize=64
+    )
+    whole = bnb.functional.dequantize_4bit(packed, state).flatten()
+    ranks = Ranks(packed, world)
+    covered = 0
+    for rank in range(world):
+        piece = local_slice(Params4bit(**vars(ranks.parameter(rank)), quant_state=state))
+        assert piece.shape == weight.shape
+        assert piece.start == min(covered, whole.numel())
+        covered = piece.end
+        if piece.start < piece.end:
+            low = data.draw(st.integers(piece.start, piece.end - 1))
+            high = data.draw(st.integers(low + 1, piece.end))
+            assert torch.equal(piece.read(low, high, torch.empty(high - low)), whole[low:high])
+            with pytest.raises(UserError, match="use strategy 'M2'"):
+                piece.write(low, high, whole[low:high])
+    assert covered == whole.numel()
+
+
+def test_a_known_eps_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, update = make(30, 20)
+    update = update._replace(weight=weight, restraint=Restraint(eps=None, eps_relative=0.5))
+    (eps,) = absolute_epsilons([update])
+    assert eps == pytest.approx(0.5 * float(weight.abs().mean()), rel=1e-6)
+    expected = weight.clone()
+    fold_slices([update._replace(weight=expected)])
+    operations: list[str] = []
+    monkeypatch.setattr(fold, "_reduce", lambda values, layers, operation: operations.append(operation))
+    fold_slices([update._replace(eps=eps)])
+    assert operations == ["MAX"]
+    assert torch.equal(weight, expected)
 
 
 def test_slices_that_cannot_be_folded() -> None:
