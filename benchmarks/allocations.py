@@ -69,7 +69,8 @@ class Counter(TrainerCallback):
             mask = inputs.get("attention_mask")
             padded = mask is not None and not bool(mask.all())
             learnt = int((inputs["labels"][:, 1:] != -100).sum())
-            work = Work(*inputs["input_ids"].shape, learnt, padded=padded, packed=mask is None)
+            batch, length = inputs["input_ids"].shape
+            work = Work(batch, length, learnt, padded, packed=mask is None)
             self.measured.work = max(self.measured.work or work, work)
         loss: Tensor = self._training_step(model, inputs, *args, **kwargs)
         return loss

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from allocations import Counter, Measured, addresses
@@ -165,11 +166,8 @@ def counted(recipe: Path, options: list[str]) -> Counter:
         trainer.add_callback(counters[0])
         return agreement
 
-    runs._add_callbacks = add_counter
-    try:
+    with mock.patch.object(runs, "_add_callbacks", add_counter):
         train(load_recipe(recipe, options), overwrite=True)
-    finally:
-        runs._add_callbacks = add
     return counters[0]
 
 

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -15,10 +15,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from secura_ds.adapter import restrained
 
+if TYPE_CHECKING:
+    from secura_ds.plan.simulation import Work
+
 aten = torch.ops.aten
 
 CUDA_BLOCK = 512  # PyTorch's CUDA allocator hands out multiples of it
 LIBRARY_WORKSPACES = 33 * 2**20  # cuBLAS, through PyTorch's allocator (8 MiB before Hopper)
+PACKED = 2**17  # bytes of both sides that oneDNN packs at a time in half-precision products, in one thread
 MIN_OFFLOADED = 1024  # bytes of the smallest tensor that activation offloading moves
 STASH = 5  # tensors on their way to host memory
 FLASH_ROWS = 128  # flash attention's backward pass pads lengths to multiples of it
@@ -27,6 +31,18 @@ FLASH_ROWS = 128  # flash attention's backward pass pads lengths to multiples of
 def rounded(size: int, device: str) -> int:
     """The bytes that an allocation of `size` takes."""
     return math.ceil(size / CUDA_BLOCK) * CUDA_BLOCK if device == "cuda" else size
+
+
+def without_values(function: Any, args: tuple[Any, ...], work: Work) -> Any:
+    """What an operator returns that depends on values, which there are none of; None for all others."""
+    if function is aten._local_scalar_dense.default:
+        # Asked is whether all are attended to: yes where no row is padded, and packed rows are what they are.
+        return not (work.padded or work.packed)
+    if function is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        return args[0].new_empty(work.learnt, *args[0].shape[args[1][0].dim() :])
+    if function is aten._index_put_impl_.default:
+        return args[0]
+    return None
 
 
 def workspace(function: Any, args: tuple[Any, ...], device: str) -> int:
@@ -38,8 +54,7 @@ def workspace(function: Any, args: tuple[Any, ...], device: str) -> int:
         return int(rows * columns * dtype.itemsize + 4 * rows * columns / args[4])
     if device == "cpu" and name in ("aten::mm", "aten::addmm", "aten::bmm"):
         left, right = args[-2:]
-        # oneDNN packs both sides of a product in half precision anew.
-        return int(left.nbytes + right.nbytes) if left.dtype != torch.float32 else 0
+        return 0 if left.dtype == torch.float32 else min(int(left.nbytes + right.nbytes), PACKED)
     if name == "aten::_scaled_dot_product_flash_attention_backward":
         _, query, key = args[:3]
         batch, heads, length, width = query.shape

@@ -1,15 +1,17 @@
-"""The head and the loss, as the trainer computes them on each kind of device."""
+"""The forward pass, the loss and the way back, as `training.Trainer` computes them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
+
+from secura_ds.backbones import head
 
 if TYPE_CHECKING:
     from secura_ds.plan.simulation import Work
@@ -21,69 +23,59 @@ def forward_and_backward(model: PeftModel, work: Work, device: str, mark: Mark) 
     """One pass through `model`, a causal language model on the meta device, and back from its loss."""
     shape = (work.batch, work.length)
     ids = torch.empty(shape, dtype=torch.int64, device="meta")
-    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": ids}
     if work.packed:
         inputs["position_ids"] = torch.empty_like(ids)
     else:
-        inputs["attention_mask"] = torch.empty_like(ids) if work.padded else None
-    labels = torch.empty(work.learnt, dtype=torch.int64, device="meta")
-    if device == "cpu":
-        _at_learnt_positions(model, inputs, labels)
+        inputs["attention_mask"] = torch.empty_like(ids)
+    base: Any = model.get_base_model()
+    if head.computes_summed_loss(base):
+        head.add_summed_loss(base)
+        model(**inputs, targets=torch.empty_like(ids)).backward()
     else:
-        _in_chunks(model, inputs, labels, mark)
+        with _fused_head(model, device, mark):
+            model(**inputs, labels=ids, use_cache=False)["loss"].backward()
 
 
-def _at_learnt_positions(model: Any, inputs: dict[str, Any], labels: Tensor) -> None:
-    """As `training.Trainer.compute_loss`: the head runs where something is learnt, with whole logits."""
-    head = model.get_base_model().get_output_embeddings()
+@contextmanager
+def _fused_head(model: PeftModel, device: str, mark: Mark) -> Iterator[None]:
+    """TRL's loss, for families that `backbones.head` does not know: log-probabilities by tiles of logits.
 
-    def select(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return (_Pick.apply(args[0], len(labels)),)
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        logits = model(**inputs).logits
-    finally:
-        handle.remove()
-    loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-    (loss / labels.new_ones(())).backward()
-
-
-def _in_chunks(model: Any, inputs: dict[str, Any], labels: Tensor, mark: Mark) -> None:
-    """TRL's fused head: log-probabilities of the learnt tokens, a tile of logits at a time."""
+    On a GPU its kernels work in place and at the learnt tokens only, elsewhere it takes every token.
+    """
     from trl.kernels import chunked_logprob as fused
     from trl.trainer import utils
 
-    base = model.get_base_model()
-    head, config = base.get_output_embeddings(), base.config.get_text_config()
-    name = next(n for n, module in model.named_modules() if module is head)
+    base: Any = model.get_base_model()
+    linear, config = base.get_output_embeddings(), base.config.get_text_config()
+    name = next(n for n, module in model.named_modules() if module is linear)
 
-    def forward(**given: Any) -> dict[str, Tensor]:
-        hidden = base.base_model(**given).last_hidden_state
+    def forward(labels: Tensor, **inputs: Any) -> dict[str, Tensor]:
+        hidden, targets = base.base_model(**inputs).last_hidden_state[:, :-1], labels[:, 1:]
+        learnt = targets != head.IGNORED
+        flat = hidden[learnt] if device == "cuda" else hidden.reshape(-1, hidden.shape[-1])
         with _Gathered(mark, name):
-            log_probs, *_ = fused.ChunkedLogProbFunction.apply(
-                _Pick.apply(hidden, len(labels)),
-                head.weight,
-                head.bias,
-                labels,
+            log_probs = fused.ChunkedLogProbFunction.apply(
+                flat,
+                linear.weight,
+                linear.bias,
+                targets[learnt] if device == "cuda" else targets.reshape(-1),
                 1.0,
                 utils._CHUNKED_LOGPROB_CHUNK_SIZE,
                 getattr(config, "final_logit_softcapping", None),
                 1.0,
                 ("log_probs", "entropy", "is_top1"),
-            )
-        return {"log_probs": log_probs}
+            )[0]
+        return {"loss": -log_probs.sum()}
 
     nothing: Callable[..., None] = lambda *_, **__: None  # noqa: E731
-    with (
-        # On a GPU these are kernels that work in place.
-        mock.patch.object(fused, "_forward_tile", nothing),
-        mock.patch.object(fused, "_backward_tile", nothing),
-        mock.patch.object(fused, "_addmm_fp32", nothing),
-        mock.patch.object(utils, "maybe_gather_lm_head_ctx", lambda *_: _Gathered(mark, name)),
-        mock.patch.object(base, "forward", forward),
-    ):
-        (-model(**inputs)["log_probs"].sum()).backward()
+    with ExitStack() as stack:
+        for kernel in ("_forward_tile", "_backward_tile", "_addmm_fp32") if device == "cuda" else ():
+            stack.enter_context(mock.patch.object(fused, kernel, nothing))
+        stack.enter_context(mock.patch.object(base, "forward", forward))
+        gathered = mock.patch.object(utils, "maybe_gather_lm_head_ctx", lambda *_: _Gathered(mark, name))
+        stack.enter_context(gathered)
+        yield
 
 
 class _Gathered:
@@ -97,20 +89,3 @@ class _Gathered:
 
     def __exit__(self, *_: object) -> None:
         self.mark("release", self.name, "head")
-
-
-class _Pick(torch.autograd.Function):
-    """`hidden[:, :-1][learnt]` for a number of learnt positions: (count, width) of (batch, length, width)."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, count: int) -> Tensor:
-        ctx.shape = hidden.shape
-        return hidden.new_empty(count, hidden.shape[-1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        batch, length, width = ctx.shape
-        scattered = gradients[0].new_zeros(batch, length - 1, width)
-        widened = gradients[0].new_zeros(ctx.shape)
-        del scattered
-        return widened, None

@@ -87,6 +87,7 @@ class _Peak(NamedTuple):
     gathered: int
     activations: int
     loss: int
+    buckets: int
 
 
 def plan(
@@ -130,11 +131,11 @@ def plan(
     )
     rest = at_rest(model, zero, ranks, optimizer=training.optimizer, device=device, accumulates=accumulates)
     whole = gathers(model, passed.events, zero, ranks, device) if zero.stage == 3 else None
-    peak = _peak(passed.events, whole)
     itemsize = getattr(torch, recipe.backbone.dtype).itemsize
     buckets = bucket_bytes(zero, itemsize) if zero.stage in (1, 2) else 0
+    peak = _peak(passed.events, whole, buckets)
     workspaces = kernels.LIBRARY_WORKSPACES if device == "cuda" else 0
-    step = (peak.gathered, peak.activations, peak.loss, buckets, workspaces)
+    step = (peak.gathered, peak.activations, peak.loss, peak.buckets, workspaces)
     parts = {**rest.device, **dict(zip(STEP_PARTS, step, strict=True))}
     subject = phases.Subject(recipe, config, model, rest, zero, ranks, device)
     return Plan(
@@ -157,7 +158,7 @@ def plan(
             "training": sum(parts.values()),
             "optimizer_step": phases.stepping(subject),
         },
-        untouched=rest.untouched + max(0, buckets - disk.trained_bytes(model)),
+        untouched=rest.untouched + max(0, peak.buckets - disk.trained_bytes(model)),
         host=phases.host(subject, ranks // nodes, passed.offloaded),
         disk=disk.sizes(recipe, model),
         traffic=traffic.per_step(recipe, model, zero, ranks, whole.moved if whole else 0),
@@ -206,19 +207,21 @@ def gathers(model: PeftModel, events: Sequence[Event], zero: Zero, ranks: int, d
     return gathered(events, by_module, Limits(zero.prefetch, zero.live, zero.reuse), copies=device == "cpu")
 
 
-def _peak(events: Sequence[Event], whole: Gathered | None) -> _Peak:
-    """The highest sum of activations and gathered weights."""
+def _peak(events: Sequence[Event], whole: Gathered | None, buckets: int) -> _Peak:
+    """The highest sum of activations, gathered weights and, in the backward pass, reduce buckets."""
     level = before_loss = 0
-    best = _Peak(-1, 0, 0, 0)
-    in_layers = False
+    best = _Peak(-1, 0, 0, 0, 0)
+    returning = False
     for i, event in enumerate(events):
         in_layers = event.layer is not None
+        returning = returning or event.phase == "backward"
         if in_layers and event.phase == "forward":
             before_loss = level + event.change
         fetched, kept = (whole.peaks[i], whole.levels[i]) if whole is not None else (0, 0)
         for held, weights in ((level, fetched), (level + event.peak, kept)):
-            if held + weights > best.total:
+            filled = buckets if returning else 0
+            if held + weights + filled > best.total:
                 loss = 0 if in_layers else max(0, held - before_loss)
-                best = _Peak(held + weights, weights, held - loss, loss)
+                best = _Peak(held + weights + filled, weights, held - loss, loss, filled)
         level += event.change
     return best

@@ -85,7 +85,7 @@ def simulate(
     name, layers = decoder_layers(model)
     config = model.get_base_model().config
     kept = representatives(layers, getattr(config, "layer_types", None))
-    tape, offloaded = _Tape(device), kernels.Offloaded()
+    tape, offloaded = _Tape(device, work), kernels.Offloaded()
     with ExitStack() as stack:
         stack.enter_context(_no_collector())
         stack.enter_context(_layers(model, name, [layers[i] for i in kept]))
@@ -181,9 +181,9 @@ def unrolled(events: Sequence[Event], kept: Sequence[int], count: int) -> list[E
 class _Tape(TorchDispatchMode):
     """Counts live storages while operators run, cut into events at every `mark`."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, work: Work) -> None:
         super().__init__()
-        self.device = device
+        self.device, self.work = device, work
         self.events: list[Event] = []
         self.layer: int | None = None
         self._live = self._peak = self._level = 0
@@ -204,16 +204,19 @@ class _Tape(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function is torch.ops.aten._local_scalar_dense.default:
-            return False  # every question about values: masks are needed, rows are as asked for
+        if (known := kernels.without_values(function, args, self.work)) is not None:
+            return self._noted(known)
         extra = kernels.workspace(function, args, self.device)
         if extra:
             self._peak = max(self._peak, self._live + extra)
-        result = function(*args, **(kwargs or {}))
+        result = self._noted(function(*args, **(kwargs or {})))
+        self._peak = max(self._peak, self._live + extra)
+        return result
+
+    def _noted(self, result: Any) -> Any:
         for item in tree_leaves(result):
             if isinstance(item, Tensor):
                 self._note(item)
-        self._peak = max(self._peak, self._live + extra)
         return result
 
     def _note(self, tensor: Tensor) -> None:
