@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,8 @@ GIB = 2**30
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, plan, print the table and write the document."""
     options = _parser().parse_args(arguments)
+    # Libraries tell each other what will change; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     recipe = load_recipe(options.recipe, options.set)
     devices = _devices(options)
     config = load_config(recipe.backbone)

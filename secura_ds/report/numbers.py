@@ -35,7 +35,9 @@ def share(value: float) -> str:
 
 
 def memory(num_bytes: float) -> str:
-    """Bytes as MiB or GiB."""
+    """Bytes as KiB, MiB or GiB."""
+    if num_bytes < 2**20:
+        return f"{num_bytes / 2**10:.0f} KiB"
     if num_bytes < 2**30:
         return f"{num_bytes / 2**20:.0f} MiB"
     return f"{num_bytes / 2**30:.2f} GiB"
