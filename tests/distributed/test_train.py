@@ -23,7 +23,7 @@ from secura_ds.training import train
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from train_worker import CASES  # noqa: E402
+from train_worker import CASES, CONFIGURATIONS  # noqa: E402
 
 LORA = 'adapter={"method":"lora","rank":3,"target_modules":["q_proj"]}'
 
@@ -84,6 +84,7 @@ def one_process(toy: Path) -> Path:
         ("checkpointing", "plain"),
         ("checkpointing-forward", "forward"),
         ("reentrant", "plain"),
+        *((f"shipped {path.stem}", "plain") for path in CONFIGURATIONS),
     ],
 )
 def test_two_ranks_train_as_one_process_does(

@@ -40,6 +40,8 @@ CASES: dict[str, list[str]] = {
     "validated": ["data.validation_fraction=0.25", "training.eval_steps=3"],
     "calibrated": ["adapter.selection=calibrated", "adapter.calibration.num_tokens=320"],
 }
+CONFIGURATIONS = sorted((Path(__file__).resolve().parents[2] / "recipes" / "deepspeed").glob("*.json"))
+CASES |= {f"shipped {path.stem}": [f"training.deepspeed={path}"] for path in CONFIGURATIONS}
 RESUMED = ("zero3", "zero2", "M1", "bf16")
 COMMON = ["training.deepspeed=zero3.json", "training.gradient_accumulation_steps=1", "training.save_steps=4"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -118,3 +120,24 @@ def test_accelerator_blocks_cover_every_row(monkeypatch: pytest.MonkeyPatch) -> 
         slice(0, 4),
         slice(4, 7),
     ]
+
+
+def test_what_is_kept_for_the_backward_pass_can_be_offloaded() -> None:
+    """Input and core pass through autograd's hooks, which move activations off a GPU; nothing else is kept."""
+    p = parts(torch.float32)
+    update = Update(p["C"], p["R"], 0.5, Restraint(), 1e-10)
+    packed: list[tuple[int, ...]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tuple(tensor.shape))
+        return tensor.clone()
+
+    gradients = []
+    for hooks in (False, True):
+        x, core = p["x"].clone().requires_grad_(), p["U"].clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t) if hooks else nullcontext():
+            y = restrained_linear(x, lambda: p["W"], p["bias"], core, update)
+        y.backward(p["dy"])
+        gradients.append((x.grad, core.grad))
+    assert sorted(packed) == [(), (3, 3), (8, 17)]
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
