@@ -123,7 +123,7 @@ def test_accelerator_blocks_cover_every_row(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_is_kept_for_the_backward_pass_can_be_offloaded() -> None:
-    """Input and core pass through autograd's hooks, which move activations off a GPU; nothing else is kept."""
+    """Input and core pass through autograd's hooks, which move activations off a GPU; no more is kept."""
     p = parts(torch.float32)
     update = Update(p["C"], p["R"], 0.5, Restraint(), 1e-10)
     packed: list[tuple[int, ...]] = []
