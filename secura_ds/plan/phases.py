@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedConfig
 
 from secura_ds.adapter import secura_layers
@@ -113,27 +112,33 @@ def _writing(subject: Subject) -> int:
 
 def _measuring(subject: Subject) -> int:
     """Second moments of layers' inputs, and a pass of the text through one layer without gradients."""
-    groups = _inputs(subject)
-    moments = _within_limit(FP64 * width**2 for width in groups)
+    widths = _inputs(subject)
+    moments = max(sum(FP64 * width**2 for width in run) for run in _runs(widths))
     config = subject.config.get_text_config()
     tokens = FORWARD_BATCH * min(SEQUENCE_LENGTH, config.max_position_embeddings)
     passing = tokens * (4 * config.hidden_size + 3 * config.intermediate_size) * _itemsize(subject)
-    widened = FP32 * tokens * max(groups)
+    widened = FP32 * tokens * max(widths)
     return moments + passing + widened + _whole(subject, keep=0)
 
 
 def _solving(subject: Subject) -> int:
-    """Each rank's share of the moments with their eigenvectors, one decomposition at a time."""
-    groups = _inputs(subject)
-    own = -(-len(groups) // subject.ranks)
-    pairs = sorted((2 * FP32 * width**2 for width in groups), reverse=True)[:own]
-    return _within_limit(pairs) + SOLVING * FP32 * max(groups) ** 2 + _largest(subject)
+    """A rank's share of a run's moments with their eigenvectors, one decomposition at a time, one weight."""
+    widths = _inputs(subject)
+    shares = [sorted(run, reverse=True)[: -(-len(run) // subject.ranks)] for run in _runs(widths)]
+    pairs = max(sum(2 * FP32 * width**2 for width in share) for share in shares)
+    weight = max(layer.out_features * layer.in_features for layer in secura_layers(subject.model).values())
+    return pairs + SOLVING * FP32 * max(widths) ** 2 + weight * _itemsize(subject)
 
 
-def _within_limit(sizes: Iterable[int]) -> int:
-    """What is held of several moments at once: calibration takes as many as fit its limit, one at least."""
-    held = list(sizes)
-    return min(sum(held), max(MEMORY_LIMIT, max(held)))
+def _runs(widths: Sequence[int]) -> list[list[int]]:
+    """Inputs whose moments are taken in one pass over the text, as calibration cuts them to its limit."""
+    runs: list[list[int]] = [[]]
+    for width in widths:
+        held = sum(FP64 * other**2 for other in runs[-1])
+        if runs[-1] and held + FP64 * width**2 > MEMORY_LIMIT:
+            runs.append([])
+        runs[-1].append(width)
+    return runs
 
 
 def _whole(subject: Subject, *, keep: int) -> int:
@@ -152,8 +157,3 @@ def _inputs(subject: Subject) -> list[int]:
         group = next((frozenset(names) for names in SAME_INPUT if own in names), frozenset({own}))
         seen[parent, group] = layer.in_features
     return list(seen.values())
-
-
-def base_layers(model: PeftModel) -> list[nn.Module]:
-    """The adapted layers' own modules."""
-    return [layer.get_base_layer() for layer in secura_layers(model).values()]

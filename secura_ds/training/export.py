@@ -57,7 +57,8 @@ def require_exportable(recipe: Recipe, folder: Path, *, resume: bool, overwrite:
     if out.exists() and not (resume or overwrite):
         raise UserError(f"training.save_merged is true, but {out} already exists: move it elsewhere")
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    reused = sum(_size(path) for path in (out, out.with_name(f"{MERGED}.partial")))
+    # `--resume` keeps an earlier result until the new one stands; `--overwrite` deletes it first.
+    reused = _size(out.with_name(f"{MERGED}.partial")) + (_size(out) if overwrite else 0)
     room = shutil.disk_usage(existing).free + reused
     if room < checkpoint.num_bytes:
         raise UserError(
