@@ -37,6 +37,7 @@ def watch_factors(model: torch.nn.Module) -> None:
 def main(base: Path, out: Path) -> None:
     torch.set_num_threads(1)
     text.SEQUENCE_LENGTH, text.GENERATION_BATCH = 20, 10
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for a minute
     deepspeed.init_distributed("gloo", verbose=False)
     rank = torch.distributed.get_rank()
     alive = HfDeepSpeedConfig(ZERO3)

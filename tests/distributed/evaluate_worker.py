@@ -21,6 +21,7 @@ def main(folder: Path) -> None:
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for a minute
     deepspeed.init_distributed("gloo")
     keep_alive = HfDeepSpeedConfig(zero3)
     model = LlamaForCausalLM.from_pretrained(folder / "backbone")

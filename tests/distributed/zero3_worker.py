@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for a minute
     deepspeed.init_distributed()
     variants = VARIANTS | BF16_VARIANTS
     if dist.get_world_size() == 1:
