@@ -76,6 +76,8 @@ def _pack(model: PreTrainedModel, dtype: torch.dtype, *, nested: bool) -> None:
 def _pack_layer(module: Any, dtype: torch.dtype, *, nested: bool) -> None:
     from bitsandbytes.functional import QuantState
 
+    if module.bias is not None:
+        module.bias.data = module.bias.data.to(dtype)  # as it is loaded
     weight = module.weight
     shape, count = weight.shape, weight.numel()
     weight.data = torch.empty(math.ceil(count / 2 / dtype.itemsize), 1, dtype=dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -173,7 +174,7 @@ def unrolled(events: Sequence[Event], kept: Sequence[int], count: int) -> list[E
             else:
                 source = target if target < period else period + (target - period) % period
             for event in by_layer[source]:
-                path = event.module.replace(f".{source}.", f".{target}.", 1)
+                path = re.sub(rf"\.{source}(?=\.|$)", f".{target}", event.module, count=1)
                 result.append(event._replace(module=path, layer=target))
     return result
 
