@@ -50,11 +50,12 @@ def workspace(function: Any, args: tuple[Any, ...], device: str) -> int:
     name = function.name()
     if name == "bitsandbytes::gemm_4bit":
         # Batches of training: the weight is dequantized and multiplied, its constants widened before.
-        (rows, columns), dtype = args[2], args[0].dtype
-        return int(rows * columns * dtype.itemsize + 4 * rows * columns / args[4])
-    if device == "cpu" and name in ("aten::mm", "aten::addmm", "aten::bmm"):
+        x, (rows, columns) = args[0], args[2]
+        weight = rows * columns * x.dtype.itemsize
+        return int(weight + 4 * rows * columns / args[4] + _packed(x.nbytes + weight, x.dtype, device))
+    if name in ("aten::mm", "aten::addmm", "aten::bmm"):
         left, right = args[-2:]
-        return 0 if left.dtype == torch.float32 else min(int(left.nbytes + right.nbytes), PACKED)
+        return _packed(left.nbytes + right.nbytes, left.dtype, device)
     if name == "aten::_scaled_dot_product_flash_attention_backward":
         _, query, key = args[:3]
         batch, heads, length, width = query.shape
@@ -66,6 +67,11 @@ def workspace(function: Any, args: tuple[Any, ...], device: str) -> int:
         query = args[1]
         return int(4 * query.numel() + 4 * query.numel() / query.shape[-1])
     return 0
+
+
+def _packed(operands: int, dtype: torch.dtype, device: str) -> int:
+    """What a CPU's product in half precision copies of its operands at a time."""
+    return min(operands, PACKED) if device == "cpu" and dtype != torch.float32 else 0
 
 
 @contextmanager

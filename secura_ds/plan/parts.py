@@ -82,6 +82,7 @@ def at_rest(
         for part in ("optimizer_state", "fp32_masters", "gradients"):
             host[part] = host.get(part, 0) + on_device[part]
             on_device[part] = 0
+        host["gradients"] += slices * FP32  # what the optimizer steps with
     gradients = sum(p.numel() for p in trained.values()) * itemsize
     return AtRest(on_device, host, slices, max(0, buckets - gradients) if zero.contiguous_gradients else 0)
 

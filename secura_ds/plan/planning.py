@@ -60,6 +60,18 @@ class Plan:
         return max(self.phases.values())
 
     @property
+    def needed(self) -> dict[str, int]:
+        """`phases`, on a CPU without what is allocated but never written."""
+        spared = self.untouched if self.device == "cpu" else 0
+        with_buffers = ("training", "optimizer_step")
+        return {name: size - spared * (name in with_buffers) for name, size in self.phases.items()}
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the device must provide."""
+        return max(self.needed.values())
+
+    @property
     def step_bytes(self) -> int:
         """The most that a rank's device holds in a training step; what an allocator's peak shows."""
         return self.phases["training"]

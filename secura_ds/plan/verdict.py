@@ -57,10 +57,11 @@ def judge(planned: Plan, devices: Devices, *, reserve: int | None = None) -> Ver
     Args:
         reserve: bytes of each device that are not the plan's; by default 1 GiB of a GPU, none of a CPU.
     """
-    phase = max(planned.phases, key=lambda name: planned.phases[name])
     on_cpu = planned.device == "cpu"
     per_node = planned.ranks // planned.nodes
-    needed = planned.per_rank_bytes - (planned.untouched if on_cpu else 0)
+    phases, needed = planned.needed, planned.needed_bytes
+    # A CPU never provides the buckets' empty part.
+    parts = {name: size for name, size in planned.parts.items() if not (on_cpu and "buckets" in name)}
     host = planned.host_bytes + (needed * per_node if on_cpu else 0)
     return Verdict(
         needed=needed,
@@ -68,8 +69,8 @@ def judge(planned: Plan, devices: Devices, *, reserve: int | None = None) -> Ver
         limit=devices.memory,
         host_needed=host,
         host_limit=devices.host_memory,
-        phase=phase,
-        largest_part=max(planned.parts, key=lambda name: planned.parts[name]),
+        phase=max(phases, key=lambda name: phases[name]),
+        largest_part=max(parts, key=lambda name: parts[name]),
     )
 
 

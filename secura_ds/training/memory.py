@@ -16,7 +16,7 @@ from secura_ds import environment
 from secura_ds.backbones import load_config
 from secura_ds.errors import UserError, first_line
 from secura_ds.plan import Devices, Plan, Verdict, Work, advice, here, judge, plan
-from secura_ds.recipe import Recipe
+from secura_ds.recipe import Recipe, SecuraAdapter, changed
 from secura_ds.training.ranks import from_all
 
 logger = logging.getLogger(__name__)
@@ -26,12 +26,15 @@ RESERVE = 2**29  # of a GPU, once CUDA's context is there: NCCL's buffers and fr
 GIB = 2**30
 
 
-def check_memory(recipe: Recipe, rows: Dataset, settings: Mapping[str, Any] | None) -> Plan | None:
+def check_memory(
+    recipe: Recipe, rows: Dataset, settings: Mapping[str, Any] | None, *, calibrates: bool = True
+) -> Plan | None:
     """Plan the run and compare it with this machine; all ranks come to the same decision.
 
     Args:
         rows: the training data, whose longest rows say how large a forward pass becomes.
         settings: the DeepSpeed configuration in use.
+        calibrates: False where the run goes on with the factors of an earlier one.
 
     Returns:
         the plan, or None where the recipe wants no check or the architecture cannot be planned.
@@ -41,6 +44,8 @@ def check_memory(recipe: Recipe, rows: Dataset, settings: Mapping[str, Any] | No
     """
     if recipe.training.memory_check == "off":
         return None
+    if not calibrates and isinstance(recipe.adapter, SecuraAdapter):
+        recipe = changed(recipe, ["adapter.selection=least"])  # of another choice there is nothing to hold
     ranks, per_node = environment.world_size(), environment.local_world_size()
     devices = _scarcest(here(per_node=per_node, nodes=max(1, ranks // per_node)))
     config, work = load_config(recipe.backbone), largest_pass(rows, recipe)
@@ -125,12 +130,13 @@ def shortage(verdict: Verdict, planned: Plan, remedy: str) -> str:
             f"({use.replace('_', ' ')} most of it), {(verdict.host_limit or 0) / GIB:.1f} GiB are available"
         )
     else:
-        part = verdict.largest_part
+        part, phase = verdict.largest_part, verdict.phase.replace("_", " ")
+        most = f"{planned.parts[part] / GIB:.2f} GiB of it {part.replace('_', ' ')}"
         where = "GPU" if torch.cuda.is_available() else "process"
         reserve = f" and {verdict.reserve / GIB:.1f} GiB in reserve" if verdict.reserve else ""
         what = (
             f"memory is short: this run needs {verdict.needed / GIB:.2f} GiB per {where}{reserve} "
-            f"({planned.parts[part] / GIB:.2f} GiB of it {part.replace('_', ' ')}), "
+            f"({most if phase == 'training' else phase + ' takes most'}), "
             f"{(verdict.limit or 0) / GIB:.2f} GiB are available"
         )
     return f"{what}; {remedy}" if remedy else what

@@ -110,8 +110,8 @@ def _train(
     # The data first: what is wrong with it shows before minutes go into loading and calibrating.
     train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
     preflight.check_examples(len(train_rows))
-    planned = check_memory(recipe, train_rows, settings)
     found = on_main(lambda: _find_checkpoint(recipe, folder)) if resume else None
+    planned = check_memory(recipe, train_rows, settings, calibrates=found is None)
     trainer = _make_trainer(
         recipe, folder, arguments, settings, (train_rows, validation), found, base, overwrite=overwrite
     )
@@ -126,7 +126,7 @@ def _train(
         steps=trainer.state.global_step,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory(),
-        planned_memory_bytes=planned.per_rank_bytes if planned is not None else None,
+        planned_memory_bytes=planned.needed_bytes if planned is not None else None,
         trainable_parameters=_count(trainer.model),
         tokens=int(trainer.total_tokens),
         signal=agreement.stopped_by,

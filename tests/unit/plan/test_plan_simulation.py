@@ -44,9 +44,7 @@ def real_model(recipe: Recipe, config: PreTrainedConfig) -> torch.nn.Module:
     dtype = getattr(torch, recipe.backbone.dtype)
     kernel, _ = choose_attention(config, recipe.backbone.attention, dtype=recipe.backbone.dtype)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), dtype=dtype, attn_implementation=kernel
-    )
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=kernel)
     if recipe.backbone.quantization is not None:
         values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         replace_linear(model, quantization_config(recipe.backbone))
