@@ -142,11 +142,14 @@ def _runs(widths: Sequence[int]) -> list[list[int]]:
 
 
 def _whole(subject: Subject, *, keep: int) -> int:
-    """Weights that are whole at a time beside the slices: the largest, and `keep` bytes of others."""
-    largest = _largest(subject)
+    """Weights that are whole at a time beside what stays: the largest, and `keep` bytes of others."""
+    frozen = [p for p in subject.model.parameters() if not p.requires_grad]
+    packed = [count(p) for p in frozen if getattr(p, "quant_state", None) is not None]
+    unpacked = max(packed, default=0) * _itemsize(subject)
     if subject.zero.stage != 3 or subject.ranks == 1:
-        return largest if subject.recipe.backbone.quantization is not None else 0
-    return largest + min(keep, subject.rest.device["frozen_weights"] * subject.ranks)
+        return unpacked
+    largest = max(p.nbytes for p in frozen)
+    return unpacked + largest + min(keep, subject.rest.device["frozen_weights"] * subject.ranks)
 
 
 def _inputs(subject: Subject) -> list[int]:

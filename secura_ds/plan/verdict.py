@@ -153,13 +153,15 @@ def _replan(
 
 
 def _candidates(recipe: Recipe, planned: Plan) -> Iterator[_Candidate]:
-    """Changes that leave what is learnt nearly as it is."""
+    """Changes that leave what is learnt nearly as it is; uncalibrated factors only where nothing else can."""
     training, backbone, ranks = recipe.training, recipe.backbone, planned.ranks
     on_gpu = planned.device == "cuda"
 
     def override(*texts: str) -> _Candidate:
         return _Candidate(" ".join(f"--set {text}" for text in texts), texts, ranks)
 
+    if max(planned.phases, key=lambda name: planned.phases[name]) == "calibration":
+        yield override("adapter.selection=least")
     if not training.gradient_checkpointing:
         yield override("training.gradient_checkpointing=true")
     if on_gpu and not training.activation_offloading:
