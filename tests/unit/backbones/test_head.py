@@ -117,15 +117,19 @@ def test_half_precision_keeps_what_it_can(dtype: torch.dtype, cap: float | None)
         assert torch.linalg.vector_norm(ours.double() - true) <= 2 * epsilon * torch.linalg.vector_norm(true)
 
 
-def test_small_probabilities_reach_the_gradient_in_float16() -> None:
-    """Each of 60,000 tokens is at 2e-8 after rounding to fp16: without scaling it would be 0."""
+def test_small_probabilities_reach_the_gradient_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tokens but the target are at 2e-8, which fp16 takes for 0; large hidden states make that matter."""
     vocabulary = 60_000
-    hidden = torch.ones(1, 16, dtype=torch.float16)
-    weight = torch.full((vocabulary, 16), 0.5, dtype=torch.float16)
-    weight[0] = 0.95  # far more likely than any other, and the target
-    found = differentiated(head.summed_cross_entropy, hidden, weight, None, torch.tensor([0]), None)
-    exact = differentiated(plain, hidden.double(), weight.double(), None, torch.tensor([0]), None)
+    hidden = torch.full((1, 16), 512.0, dtype=torch.float16)
+    weight = torch.zeros(vocabulary, 16, dtype=torch.float16)
+    weight[0] = 71 / 2**15  # the target's logit is 17.75, exactly
+    target = torch.tensor([0])
+    found = differentiated(head.summed_cross_entropy, hidden, weight, None, target, None)
+    exact = differentiated(plain, hidden.double(), weight.double(), None, target, None)
     assert torch.allclose(found[2][1:].double(), exact[2][1:], rtol=0.01, atol=0)
+    monkeypatch.setattr(head, "_FLOAT16_SCALE", 1.0)
+    unscaled = differentiated(head.summed_cross_entropy, hidden, weight, None, target, None)
+    assert not unscaled[2][1:].any()
 
 
 def test_gradients_that_nobody_needs_are_not_formed() -> None:
