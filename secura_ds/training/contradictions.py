@@ -7,6 +7,19 @@ from typing import Any, NamedTuple
 from secura_ds.recipe import Recipe
 
 AUTO = "auto"
+SECTIONS = {
+    "zero_optimization": '{"stage": 3}',
+    "bf16": '{"enabled": "auto"}',
+    "fp16": '{"enabled": "auto"}',
+}
+# What the recipe decides and a configuration would decide again, in ways that no value of the recipe equals.
+REPLACED = {
+    "optimizer": "training.optimizer, learning_rate and weight_decay",
+    "scheduler": "training.scheduler and warmup_ratio",
+    "elasticity": "training.micro_batch_size and gradient_accumulation_steps",
+    "amp": "backbone.dtype",
+    "torch_autocast": "backbone.dtype",
+}
 
 
 class _Said(NamedTuple):
@@ -17,12 +30,27 @@ class _Said(NamedTuple):
     meaning: str
 
 
+def misshapen(settings: Any) -> list[str]:
+    """What is no JSON object where DeepSpeed reads one."""
+    if not isinstance(settings, dict):
+        return [f"a DeepSpeed configuration is a JSON object, this is {settings!r}"]
+    return [
+        f"{key} is {settings[key]!r}, which should be an object such as {example}"
+        for key, example in SECTIONS.items()
+        if not isinstance(settings.get(key, {}), dict)
+    ]
+
+
 def contradictions(settings: dict[str, Any], recipe: Recipe, ranks: int) -> list[str]:
     """What `settings` say otherwise than `recipe` on this many ranks, one line each with both values.
 
     The value "auto", or none, is the recipe's; a value that equals it is in order.
     """
-    problems = []
+    problems = [
+        f"{key} is set, but the recipe says it with {place}: remove it here"
+        for key, place in REPLACED.items()
+        if _is_on(settings.get(key))
+    ]
     for said in _said_twice(recipe, ranks):
         given = _at(settings, said.place)
         if given not in (None, AUTO) and given != said.value:
@@ -54,6 +82,11 @@ def _said_twice(recipe: Recipe, ranks: int) -> list[_Said]:
         _Said("bf16.enabled", dtype == "bfloat16", f'backbone.dtype is "{dtype}"'),
         _Said("fp16.enabled", dtype == "float16", f'backbone.dtype is "{dtype}"'),
     ]
+
+
+def _is_on(section: Any) -> bool:
+    """True for a section that DeepSpeed would act on; some can be written down and switched off."""
+    return section.get("enabled", True) is not False if isinstance(section, dict) else section is not None
 
 
 def _ranks_that_fit(batch: Any, recipe: Recipe) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -14,6 +15,7 @@ from transformers.trainer_utils import set_seed
 
 from secura_ds import sharding
 from secura_ds.adapter import SecuraConfig, secura_layers
+from secura_ds.adapter.loading import TOLERANCE, fingerprint_error
 from secura_ds.backbones import load_model, load_tokenizer
 from secura_ds.backbones.adapter import adapter_config
 from secura_ds.calibration import Calibration, calibrate
@@ -49,6 +51,7 @@ def build_model(
     tokenizer = load_tokenizer(recipe.backbone)
     model = load_model(recipe.backbone).requires_grad_(False)
     config = adapter_config(recipe, model.config)
+    _refuse_head(model, config)
     if is_deepspeed_zero3_enabled():
         sharding.assert_partitioned(model)
     if device is not None:
@@ -65,6 +68,7 @@ def build_model(
     adapted = _put_adapter(model, config, autocast=not sharded)
     if factors is not None:
         load_factors(adapted, factors)
+        _refuse_other_weights(adapted, recipe.backbone.model)
     if sharded:
         _one_dtype(adapted, getattr(torch, recipe.backbone.dtype))
     return adapted, tokenizer
@@ -103,12 +107,40 @@ def load_factors(model: PeftModel, factors: Mapping[str, Tensor]) -> None:
         buffer.copy_(factors[name])
 
 
+def _refuse_other_weights(model: PeftModel, backbone: str) -> None:
+    """Compare C with the columns of the weights it was taken from, which may have changed under their name.
+
+    LoRA and DoRA keep nothing of the weights. Collective under ZeRO-3, one weight at a time.
+    """
+    for name, layer in secura_layers(model).items():
+        for adapter in layer.secura_C:
+            weight = sharding.dequantized(layer.get_base_layer())
+            error = fingerprint_error(weight, layer.secura_C[adapter], layer.secura_columns[adapter])
+            if not error <= TOLERANCE:
+                raise UserError(
+                    f"--resume: the weights of backbone.model {backbone} are not those that the run was "
+                    f"started on ({name} differs from its factor C by {error:.3g} of its norm): use the "
+                    "checkpoint or backbone.revision it was started with, or --overwrite"
+                )
+
+
 def _buffers(model: PeftModel) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for prefix, layer in secura_layers(model).items():
         own = layer.named_buffers(prefix)
         found.update((name, buffer) for name, buffer in own if ".base_layer." not in name[len(prefix) :])
     return found
+
+
+def _refuse_head(model: PreTrainedModel, config: PeftConfig) -> None:
+    """The loss is formed from the head's own weight, so an adapter on the head would never be trained."""
+    head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    if check_target_module_exists(config, name):
+        raise UserError(
+            f"adapter.target_modules puts an adapter on the head {name}, which training would not reach: "
+            f'leave it out, or train the whole head with adapter.modules_to_save=["{name}"]'
+        )
 
 
 def _put_adapter(model: PreTrainedModel, config: PeftConfig, *, autocast: bool) -> PeftModel:

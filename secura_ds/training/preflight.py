@@ -13,7 +13,7 @@ from secura_ds import environment
 from secura_ds.errors import UserError
 from secura_ds.recipe import Recipe
 from secura_ds.sharding import refuse_unsupported
-from secura_ds.training.contradictions import contradictions, follow_recipe
+from secura_ds.training.contradictions import contradictions, follow_recipe, misshapen
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,9 @@ def check_examples(count: int) -> None:
 
 
 def _check_settings(settings: Any, recipe: Recipe, path: str) -> None:
-    stage = (settings.get("zero_optimization") or {}).get("stage") if isinstance(settings, dict) else None
+    if problems := misshapen(settings):
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
+    stage = (settings.get("zero_optimization") or {}).get("stage")
     if stage not in (1, 2, 3):
         raise UserError(
             f"{path}: zero_optimization.stage is {stage!r}: 1, 2 or 3; for one device leave "
@@ -130,10 +132,6 @@ def _check_settings(settings: Any, recipe: Recipe, path: str) -> None:
         raise UserError(
             f'training.optimizer is "{optimizer}", whose state DeepSpeed cannot cut by parameter: '
             f"use one of {', '.join(SHARDED_OPTIMIZERS)} with training.deepspeed"
-        )
-    if "optimizer" in settings or "scheduler" in settings:
-        raise UserError(
-            f"{path}: optimizer and scheduler are set in the recipe's training section: remove them here"
         )
     if problems := contradictions(settings, recipe, environment.world_size()):
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))

@@ -39,6 +39,32 @@ def test_a_configuration_without_a_launcher(toy: Path) -> None:
     assert "deepspeed launch/train.py" in line and "--set training.deepspeed=null" in line
 
 
+def test_sections_that_are_no_objects(toy: Path) -> None:
+    lines = errors(toy, configuration(toy, zero_optimization=3, bf16=True), **TWO_RANKS)
+    assert len(lines) == 2
+    assert "own.json: zero_optimization is 3" in lines[0] and '{"stage": 3}' in lines[0]
+    assert "own.json: bf16 is True" in lines[1] and '{"enabled": "auto"}' in lines[1]
+
+
+def test_what_the_recipe_decides_is_not_decided_twice(toy: Path) -> None:
+    """All of it in one answer, beside a value that differs; what is switched off is no problem."""
+    changes = {
+        "optimizer": {"type": "Adam", "params": {"lr": 1}},
+        "scheduler": {"type": "WarmupLR"},
+        "elasticity": {"enabled": True, "max_train_batch_size": 8, "micro_batch_sizes": [2]},
+        "amp": {"enabled": True},
+        "torch_autocast": {"enabled": False},
+        "gradient_clipping": 0.5,
+    }
+    lines = errors(toy, configuration(toy, **changes), **TWO_RANKS)
+    said = ["training.optimizer", "training.scheduler", "training.micro_batch_size", "backbone.dtype", "0.5"]
+    assert len(lines) == 5
+    for line, key, words in zip(
+        lines, ["optimizer", "scheduler", "elasticity", "amp", "gradient_clipping"], said, strict=True
+    ):
+        assert f"own.json: {key} is " in line and words in line
+
+
 def test_every_contradiction_names_both_values(toy: Path) -> None:
     changes = {
         "train_micro_batch_size_per_gpu": 4,

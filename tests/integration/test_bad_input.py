@@ -220,6 +220,17 @@ def test_an_adapter_on_a_tied_head(
     _assert_free_for_a_new_run(tmp_path / "run")
 
 
+@pytest.mark.parametrize("ranks", [{"cur_rank": 7, "inner_rank": 9}, {"rank": 3}], ids=["secura", "lora"])
+def test_an_adapter_on_an_untied_head(
+    recipe: Callable[..., Path], refused: Run, tmp_path: Path, ranks: dict[str, int]
+) -> None:
+    method = "lora" if "rank" in ranks else "secura"
+    path = recipe(adapter={"method": method, "target_modules": ["q_proj", "lm_head"], **ranks})
+    message = refused("train", path)
+    assert "head lm_head" in message and "adapter.modules_to_save" in message and "\n" not in message
+    _assert_free_for_a_new_run(tmp_path / "run")
+
+
 @pytest.mark.parametrize("kept", [0, 6, 4000])
 def test_a_truncated_backbone(
     recipe: Callable[..., Path], refused: Run, toy: Path, tmp_path: Path, kept: int
@@ -245,6 +256,34 @@ def test_a_finished_run_is_not_overwritten_unasked(
     assert _contents(tmp_path) == before
     assert "one of them" in refused("train", recipe(), "--resume", "--overwrite")
     assert _contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: {k: v + 0.05 for k, v in tensors.items()}, ["are not those", "q_proj"]),
+        (None, ["do not fit this adapter"]),
+    ],
+    ids=["other values", "other shapes"],
+)
+def test_a_run_is_not_continued_on_other_weights_of_the_same_name(
+    recipe: Callable[..., Path], refused: Run, toy: Path, tmp_path: Path, change: Any, words: list[str]
+) -> None:
+    base = shutil.copytree(toy / "backbone", tmp_path / "base")
+    path = recipe(backbone__model=str(base), training__save_steps=1, training__max_steps=2)
+    assert _call("train", path) == 0
+    before = _contents(tmp_path / "run")
+    if change is not None:
+        shutil.rmtree(base)
+        _other(toy, base, change)
+    else:
+        config = LlamaForCausalLM.from_pretrained(base).config
+        config.hidden_size = 128
+        LlamaForCausalLM(config).save_pretrained(base)
+    path = recipe(backbone__model=str(base), training__save_steps=1, training__max_steps=4)
+    message = refused("train", path, "--resume")
+    assert all(word in message for word in (*words, "--overwrite")) and "\n" not in message
+    assert _contents(tmp_path / "run") == before
 
 
 def test_overwrite_deletes_nothing_when_the_new_run_cannot_start(
