@@ -6,9 +6,10 @@ merged by one process and by two. "PEFT" is of a size that PEFT, which loads the
 
 Every contender is a process tree of its own that reads from disk: before each one the pages of all input
 files are dropped from the page cache, and the clock stops when the disk has what was written. The copy runs
-first and last, and the faster of the two counts. Memory is the largest resident size of the whole tree,
-libraries included, sampled every 20 ms. Exits with status 1 if a merge of the 8B part needs more than 2 GB,
-or if neither number of workers reaches half the copy's speed.
+first and last, and the faster of the two counts. Memory is the largest proportional resident size (PSS) of
+the whole tree, libraries included, sampled every 50 ms: a page that several processes share counts once.
+Exits with status 1 if a merge of the 8B part needs more than 2 GB, or if neither number of workers reaches
+half the copy's speed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from run_cost import tree_bytes
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -232,21 +234,14 @@ def run(name: str, folder: Path) -> dict[str, float]:
     root, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
         with suppress(psutil.Error):
-            peak = max(peak, sum(resident(p) for p in (root, *root.children(recursive=True))))
-        time.sleep(0.02)
+            peak = max(peak, tree_bytes(root))
+        time.sleep(0.05)
     assert process.stdout is not None
     result = json.loads(process.stdout.read().splitlines()[-1])
     if process.returncode:
         raise RuntimeError(f"{name} failed with status {process.returncode}")
     shutil.rmtree(folder / "out")
     return {**result, "peak_resident_bytes": peak, "load_average_before": load}
-
-
-def resident(process: psutil.Process) -> int:
-    """Resident bytes of a process; 0 if it has just ended."""
-    with suppress(psutil.Error):
-        return int(process.memory_info().rss)
-    return 0
 
 
 def measure(folder: Path, contenders: Sequence[str]) -> dict[str, Any]:

@@ -45,8 +45,8 @@ class StoredTensor:
         """Size of the tensor in bytes."""
         return self.stop - self.start
 
-    def read(self) -> torch.Tensor:
-        """The whole tensor, in its stored dtype and in memory of its own.
+    def read(self, memory: torch.Tensor | None = None) -> torch.Tensor:
+        """The whole tensor, in its stored dtype and in memory of its own, or in `memory`, uint8 (num_bytes,).
 
         Raises:
             UserError: the dtype is not one of `DTYPES` (a packed, already quantized weight, for instance).
@@ -56,10 +56,10 @@ class StoredTensor:
                 f"{self.file}: {self.name} is stored as {self.dtype}, not as one of {', '.join(DTYPES)}; "
                 "use the checkpoint in 16 or 32 bits"
             )
-        tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype])
+        memory = torch.empty(self.num_bytes, dtype=torch.uint8) if memory is None else memory
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            view, filled = memoryview(tensor.view(-1).view(torch.uint8).numpy()), 0
+            view, filled = memoryview(memory.numpy()), 0
             while filled < self.num_bytes:
                 count = file.readinto(view[filled:])
                 if not count:
@@ -67,7 +67,7 @@ class StoredTensor:
                         f"{self.file} ended inside {self.name}: the file is truncated, copy it again"
                     )
                 filled += count
-        return tensor
+        return memory.view(DTYPES[self.dtype]).view(self.shape)
 
 
 @dataclass(frozen=True)

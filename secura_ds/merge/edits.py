@@ -1,7 +1,7 @@
 """What an adapter does to each tensor of its base: one function per touched tensor.
 
 An edit takes the base tensor, in memory of its own, and returns the merged one in the same dtype and shape.
-It works in row blocks and overwrites its argument, so that a merge holds one tensor and a few blocks.
+It overwrites its argument, so that a merge holds one tensor, its update in fp32 and a few row blocks.
 W (out, in), C (out, r), R (r, in), A (r, m), B (m, r), U (r, r); for LoRA A (r, in), B (out, r).
 """
 
@@ -21,6 +21,7 @@ from secura_ds.errors import UserError
 from secura_ds.merge.adapter_file import AdapterFile, Parts
 from secura_ds.merge.quantization import Quantization
 from secura_ds.method import cabr
+from secura_ds.reused_memory import ReusedMemory
 from secura_ds.sharding import SliceUpdate, fold_slices
 
 Edit = Callable[[Tensor], Tensor]
@@ -47,12 +48,14 @@ def plan_edits(base: Checkpoint, adapter: AdapterFile, onto: str) -> dict[str, E
             name = _weight_of(base, adapter, module).name
             edits[name] = adapter.quantization.round_trip if onto == "trained" else _keep
     settings = SecuraConfig.from_pretrained(str(adapter.folder)) if adapter.kind == "SECURA" else None
+    # A live model leaves less room than a merge has that holds nothing else.
+    memory = ReusedMemory() if onto != "live" else None
     for module, parts in adapter.modules.items():
         weight = _weight_of(base, adapter, module)
         _require_parts(base, adapter, module, parts, weight.shape)
         quantization = adapter.quantization if module in adapter.quantized_modules else None
         if settings is not None:
-            edits[weight.name] = partial(_secura, settings, parts, quantization, onto)
+            edits[weight.name] = partial(_secura, settings, parts, quantization, onto, memory)
         else:
             scaling = _lora_scaling(adapter.config, module, parts["A"].shape[0])
             edits[weight.name] = partial(_lora, scaling, parts, quantization if onto == "trained" else None)
@@ -124,7 +127,12 @@ def _read(stored: StoredTensor) -> Tensor:
 
 
 def _secura(
-    config: SecuraConfig, parts: Parts, quantization: Quantization | None, onto: str, W: Tensor
+    config: SecuraConfig,
+    parts: Parts,
+    quantization: Quantization | None,
+    onto: str,
+    memory: ReusedMemory | None,
+    W: Tensor,
 ) -> Tensor:
     """The base weight, its 4-bit image or what M1 folded, plus the restrained update (method.md 3 and 5)."""
     C = _read(parts["C"])
@@ -137,7 +145,8 @@ def _secura(
         if "W" in parts:
             W = _read(parts["W"]).to(W.dtype)
     core = cabr.core(_read(parts["A"]), _read(parts["B"]), _read(parts["U"]))
-    fold_slices([SliceUpdate(W, C, core, _read(parts["R"]), config.scaling, config.restraint)])
+    update = SliceUpdate(W, C, core, _read(parts["R"]), config.scaling, config.restraint)
+    fold_slices([update], memory=memory)
     return W
 
 

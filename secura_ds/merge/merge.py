@@ -13,15 +13,25 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from secura_ds.checkpoint_files import Checkpoint, StoredTensor, open_checkpoint
+from secura_ds.checkpoint_files import Checkpoint, open_checkpoint
 from secura_ds.errors import UserError, first_line
 from secura_ds.files import atomic_write_json, explained, swap_folder
 from secura_ds.merge.adapter_file import AdapterFile, open_adapter
 from secura_ds.merge.check import LogitGap, check_strict_load, logit_gap
 from secura_ds.merge.edits import Edit, plan_edits
 from secura_ds.merge.memory import PeakMemory
-from secura_ds.merge.work import Read, WorkFolder, only_merge_into, write_shard
-from secura_ds.merge.workers import share_shards
+from secura_ds.merge.work import (
+    Part,
+    Read,
+    WorkFolder,
+    begin_shard,
+    end_shard,
+    only_merge_into,
+    reader,
+    split,
+    write_part,
+)
+from secura_ds.merge.workers import share
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +107,8 @@ def merge(
         check: load strictly from headers, and measure the gap of the logits where memory allows.
         overwrite: replace `out` if it exists.
         progress: show a bar.
-        workers: processes that share the shards; of a checkpoint with fewer shards only so many. A script
-            that asks for several needs the usual `if __name__ == "__main__"`.
+        workers: processes that share the work, a quarter of a gigabyte at a time; where there are fewer such
+            parts, only so many. A script that asks for several needs the usual `if __name__ == "__main__"`.
         live: gives a weight as the model in training holds it, dequantized and with M1's folds, in the dtype
             it is stored in; `adapter` is then what that model has just saved. Called in the order of files.
 
@@ -173,17 +183,22 @@ def _write_shards(
             f"the merged weights need {missing / 1e9:.2f} GB more, but the disk holding {work.path} has "
             f"{free / 1e9:.2f} GB free: free some space or choose another folder"
         )
-    if 0 < len(left) < workers:
-        logger.warning("%d of %d workers are used: one for each shard to write", len(left), workers)
+    parts = [part for file in left for part in split(file)]
+    if 0 < len(parts) < workers:
+        logger.warning("%d of %d workers are used: there is no more to share out", len(parts), workers)
+        workers = len(parts)
     total, resumed = base.num_bytes, base.num_bytes - missing
     with tqdm(
         total=total, initial=resumed, unit="B", unit_scale=True, desc="merge", disable=not progress
     ) as bar:
-        if min(workers, len(left)) > 1:
-            return resumed, share_shards(work, left, edits, min(workers, len(left)), bar.update)
-        memory = PeakMemory()
+        if workers > 1 and parts:
+            return resumed, share(work, parts, edits, workers, bar.update)
+        memory, read = PeakMemory(), live or reader()
         for file in left:
-            write_shard(work.path, file, edits, bar.update, live or StoredTensor.read)
+            begin_shard(work.path, file)
+            bar.update(len(file.header))
+            write_part(work.path, Part(file, file.tensors), edits, read, bar.update)
+            end_shard(work.path, file)
             work.note(file.path.name)
         return resumed, [memory.growth()]
 

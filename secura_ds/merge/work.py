@@ -1,8 +1,8 @@
 """The folder a merge works in: `OUT.partial`, with finished shards and a note of what they came from.
 
 Every output shard has its base shard's header, so it is written front to back: untouched tensors are copied
-as bytes, touched ones are read, edited and written. Several processes may write shards, but one alone, the
-one that holds the folder's lock, writes the note.
+as bytes, touched ones are read, edited and written. Several processes may write parts of one shard, but one
+alone, the one that holds the folder's lock, begins and ends shards and writes the note.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import RawIOBase
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -27,17 +29,19 @@ from secura_ds.files import atomic_write_json
 from secura_ds.merge.adapter_file import AdapterFile
 from secura_ds.merge.edits import Edit
 from secura_ds.method.cabr import row_blocks
+from secura_ds.reused_memory import ReusedMemory
 
 logger = logging.getLogger(__name__)
 
 Advance = Callable[[int], Any]
 """Is told the bytes of the merged weights as they are written."""
 Read = Callable[[StoredTensor], Tensor]
-"""Gives a tensor that is to be edited, in memory of its own."""
+"""Gives a tensor that is to be edited, in memory that may be overwritten and is valid until the next call."""
 
 STATE_NAME = "merge.state.json"
 _TORN = ".writing"
-_CHUNK_BYTES = 8 * 2**20
+_CHUNK_BYTES = 2**20  # stays in a processor's cache between reading and writing
+PART_BYTES = 2**28
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx"}
 _NOT_COPIED = {"README.md", "merge.json", INDEX_NAME, STATE_NAME}
 _TOKENIZER_FILES = (
@@ -143,34 +147,74 @@ def only_merge_into(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_shard(
-    folder: Path,
-    file: TensorFile,
-    edits: Mapping[str, Edit],
-    advance: Advance,
-    read: Read = StoredTensor.read,
-) -> None:
-    """Write the output shard of one base shard to `folder`, durably, wholly or not at all.
+class Part(NamedTuple):
+    """Neighbouring tensors of one base shard: what a process writes at a time."""
+
+    file: TensorFile
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+
+def split(file: TensorFile) -> list[Part]:
+    """All tensors of a base shard in parts of about `PART_BYTES`; a tensor is never cut."""
+    parts: list[Part] = []
+    tensors: list[StoredTensor] = []
+    for tensor in file.tensors:
+        tensors.append(tensor)
+        if sum(t.num_bytes for t in tensors) >= PART_BYTES:
+            parts.append(Part(file, tuple(tensors)))
+            tensors = []
+    return [*parts, Part(file, tuple(tensors))] if tensors or not parts else parts
+
+
+def begin_shard(folder: Path, file: TensorFile) -> None:
+    """Begin the output shard of one base shard with the header; nothing has its name before `end_shard`."""
+    _torn(folder, file).write_bytes(file.header)
+
+
+def reader() -> Read:
+    """Reads tensors from the base's files, all into one piece of memory."""
+    memory = ReusedMemory()
+    return lambda tensor: tensor.read(memory.take(tensor.num_bytes, torch.uint8))
+
+
+def write_part(folder: Path, part: Part, edits: Mapping[str, Edit], read: Read, advance: Advance) -> None:
+    """Write a part of a shard that was begun in `folder`, to its place; other parts are left alone.
 
     Raises:
         UserError: an edit made a weight that is not finite, or refused its tensor.
     """
-    target = folder / file.path.name
-    writing = target.with_suffix(_TORN)
-    with file.path.open("rb") as source, writing.open("wb") as out:
-        out.write(file.header)
-        advance(len(file.header))
-        for tensor in file.tensors:
+    with part.file.path.open("rb", buffering=0) as source, _torn(folder, part.file).open("rb+") as out:
+        for tensor, ahead in zip_longest(part.tensors, part.tensors[1:]):
+            if ahead is not None:  # the disk reads it while this one is edited
+                os.posix_fadvise(source.fileno(), ahead.start, ahead.num_bytes, os.POSIX_FADV_WILLNEED)
+            out.seek(tensor.start)
             if tensor.name in edits:
                 _write_edited(tensor, edits[tensor.name], out, read)
                 advance(tensor.num_bytes)
             else:
                 _copy_range(source, out, tensor, advance)
             out.flush()
-            # The disk begins with these bytes now, so that the wait at the end of the shard is short.
-            os.posix_fadvise(out.fileno(), tensor.start, tensor.num_bytes, os.POSIX_FADV_DONTNEED)
+            # The disk begins with these bytes now, so that the wait at the end of the shard is short, and
+            # what it has already leaves the page cache, as what was read does: both are needed only once.
+            os.posix_fadvise(out.fileno(), 0, tensor.stop, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(source.fileno(), tensor.start, tensor.num_bytes, os.POSIX_FADV_DONTNEED)
+
+
+def end_shard(folder: Path, file: TensorFile) -> None:
+    """Give a shard whose parts are all written its name, once the disk has it."""
+    torn = _torn(folder, file)
+    with torn.open("rb+") as out:
         os.fsync(out.fileno())
-    writing.rename(target)
+    torn.rename(folder / file.path.name)
+
+
+def _torn(folder: Path, file: TensorFile) -> Path:
+    return (folder / file.path.name).with_suffix(_TORN)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -182,16 +226,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _copy_range(source: BinaryIO, out: BinaryIO, tensor: StoredTensor, advance: Advance) -> None:
+def _copy_range(source: RawIOBase, out: BinaryIO, tensor: StoredTensor, advance: Advance) -> None:
     source.seek(tensor.start)
+    chunk = memoryview(bytearray(min(_CHUNK_BYTES, tensor.num_bytes)))
     left = tensor.num_bytes
     while left:
-        chunk = source.read(min(left, _CHUNK_BYTES))
-        if not chunk:
+        count = source.readinto(chunk[:left])
+        if not count:
             raise UserError(f"{tensor.file} ended inside {tensor.name}: the file is truncated, copy it again")
-        out.write(chunk)
-        left -= len(chunk)
-        advance(len(chunk))
+        out.write(chunk[:count])
+        left -= count
+        advance(count)
 
 
 def _write_edited(tensor: StoredTensor, edit: Edit, out: BinaryIO, read: Read) -> None:

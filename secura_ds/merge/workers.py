@@ -1,8 +1,9 @@
-"""Several processes share one merge: each takes the largest shard that is left, until none is.
+"""Several processes share one merge: each takes the next part of a shard, until none is left.
 
-Workers only write shards. The process that started them keeps the note of finished shards, tells how far all
-of them are, and ends them together when one fails or dies, or when it is interrupted itself. A pool of
-`multiprocessing` would wait for ever for a worker that died, one of `concurrent.futures` cannot be cut short.
+Workers only write parts. The process that started them begins and ends shards, notes the finished ones, tells
+how far all of them are, and ends them together when one fails or dies, or when it is interrupted itself. A
+pool of `multiprocessing` would wait for ever for a worker that died; one of `concurrent.futures` cannot be
+cut short.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import traceback
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -21,30 +23,36 @@ from typing import Any, cast
 
 import torch
 
-from secura_ds.checkpoint_files import TensorFile
 from secura_ds.errors import UserError
 from secura_ds.files import explained
 from secura_ds.merge.edits import Edit
 from secura_ds.merge.memory import PeakMemory
-from secura_ds.merge.work import Advance, WorkFolder, write_shard
+from secura_ds.merge.work import Advance, Part, WorkFolder, begin_shard, end_shard, reader, write_part
 
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
-def share_shards(
-    work: WorkFolder, files: Sequence[TensorFile], edits: Mapping[str, Edit], workers: int, advance: Advance
+def share(
+    work: WorkFolder, parts: Sequence[Part], edits: Mapping[str, Edit], workers: int, advance: Advance
 ) -> list[int]:
-    """Write the shards of `files` in `workers` processes; how far the memory of each grew, in bytes.
+    """Write `parts`, all those of some shards, in `workers` processes.
+
+    Returns:
+        How far the memory of each process grew, in bytes.
 
     Raises:
-        UserError: a worker refused its shard, met a full disk, or died. No process is left behind.
+        UserError: a worker refused its part, met a full disk, or died. No process is left behind.
     """
-    left = sorted(files, key=lambda file: file.size)
-    assert 0 < workers <= len(left), (workers, len(left))
+    assert 0 < workers <= len(parts), (workers, len(parts))
+    left = deque(parts)
+    missing = Counter(part.file.path.name for part in parts)
+    for file in {part.file.path.name: part.file for part in parts}.values():
+        begin_shard(work.path, file)
+        advance(len(file.header))
     with _crew(workers, work.path, edits) as crew:
         busy = {worker.pipe: worker for worker in crew}
         for worker in crew:
-            worker.tell(left.pop())
+            worker.begin(left.popleft())
         while busy:
             for pipe in cast(list[Connection], wait(list(busy))):
                 worker = busy[pipe]
@@ -52,12 +60,16 @@ def share_shards(
                 if kind == "wrote":
                     advance(value)
                     continue
-                name, worker.growth = value
-                work.note(name)
+                worker.growth, file = value, worker.part.file
+                # The worker goes on while this process waits for the disk.
                 if left:
-                    worker.tell(left.pop())
+                    worker.begin(left.popleft())
                 else:
                     del busy[pipe]
+                missing[file.path.name] -= 1
+                if not missing[file.path.name]:
+                    end_shard(work.path, file)
+                    work.note(file.path.name)
         return [worker.growth for worker in crew]
 
 
@@ -68,16 +80,22 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     growth: int = 0
+    part: Part = field(init=False)
 
-    def tell(self, file: TensorFile) -> None:
-        """Give it a shard to write."""
+    def begin(self, part: Part) -> None:
+        """Give it a part to write."""
+        self.part = part
+        self.tell(part)
+
+    def tell(self, message: Part | Mapping[str, Edit]) -> None:
+        """Send it a part to write, or before the first one the edits."""
         try:
-            self.pipe.send(file)
+            self.pipe.send(message)
         except (BrokenPipeError, ConnectionResetError) as error:
             raise self._died() from error
 
     def hear(self) -> tuple[str, Any]:
-        """Its next message: ("wrote", bytes) or ("finished", (shard, growth of memory in bytes))."""
+        """Its next message: ("wrote", bytes) or ("finished", growth of memory in bytes)."""
         try:
             kind, value = self.pipe.recv()
         except (EOFError, ConnectionResetError) as error:
@@ -100,7 +118,7 @@ class _Worker:
 
 @contextmanager
 def _crew(workers: int, folder: Path, edits: Mapping[str, Edit]) -> Iterator[list[_Worker]]:
-    """Started workers; none of them is alive after the block."""
+    """Started workers that have the edits; none of them is alive after the block."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
     crew: list[_Worker] = []
@@ -108,10 +126,13 @@ def _crew(workers: int, folder: Path, edits: Mapping[str, Edit]) -> Iterator[lis
         with _signals_for_us_alone():
             for _ in range(workers):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, folder, edits, threads), daemon=True)
+                process = context.Process(target=_work, args=(theirs, folder, threads), daemon=True)
                 process.start()
                 theirs.close()
                 crew.append(_Worker(process, ours))
+        # Only now, as what a pipe cannot hold waits until the worker has imported all that it needs.
+        for worker in crew:
+            worker.tell(edits)
         yield crew
     finally:
         for worker in crew:
@@ -135,16 +156,17 @@ def _signals_for_us_alone() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(pipe: Connection, folder: Path, edits: Mapping[str, Edit], threads: int) -> None:
-    """A worker: writes the shards that it is given until the other side of the pipe is gone."""
+def _work(pipe: Connection, folder: Path, threads: int) -> None:
+    """A worker: takes the edits, then writes parts until the other side of the pipe is gone."""
     torch.set_num_threads(threads)
-    memory = PeakMemory()
+    memory, read = PeakMemory(), reader()
     try:
+        edits: Mapping[str, Edit] = pipe.recv()
         while True:
-            file: TensorFile = pipe.recv()
+            part: Part = pipe.recv()
             with explained(folder):
-                write_shard(folder, file, edits, lambda count: pipe.send(("wrote", count)))
-            pipe.send(("finished", (file.path.name, memory.growth())))
+                write_part(folder, part, edits, read, lambda count: pipe.send(("wrote", count)))
+            pipe.send(("finished", memory.growth()))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except UserError as error:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from secura_ds.method.cabr import block_elements, block_height, compute_dtype, row_blocks, update_block
 from secura_ds.method.smagnorm import Form, absolute_eps, limiter, ratio, restrain
+from secura_ds.reused_memory import ReusedMemory
 from secura_ds.sharding.slices import Slice, local_slice
 
 
@@ -55,17 +56,22 @@ class Statistics(NamedTuple):
 
 
 @torch.no_grad()
-def fold_slices(updates: Sequence[SliceUpdate]) -> None:
+def fold_slices(updates: Sequence[SliceUpdate], *, memory: ReusedMemory | None = None) -> None:
     """Write W+ (or W + D) over each weight, in place, on the slice that this rank holds.
 
     Collective for sharded weights: one all-reduce of one float per layer for all layers together, and one
     more where an eps relative to mean|W| is not known yet. Nothing else is sent.
 
+    Args:
+        memory: holds D whole, in fp32, so that it need not be formed again for the second pass. For one
+            update at a time, on the CPU.
+
     Raises:
         UserError: slices that cannot be rewritten in place.
     """
+    assert memory is None or len(updates) == 1, len(updates)
     layers = _layers(updates)
-    space = _Workspace(layers)
+    space = _Workspace(layers, memory)
     maxima = torch.zeros(len(layers), device=space.w.device)
     if any(layer.restraint is not None for layer in layers):
         maxima = _largest_ratios(layers, space)
@@ -73,7 +79,7 @@ def fold_slices(updates: Sequence[SliceUpdate]) -> None:
     for layer, ratio_max, nothing in zip(layers, maxima, at_rest, strict=True):
         if layer.restraint is not None and nothing:
             continue
-        for block in _blocks(layer, space):
+        for block in _blocks(layer, space, formed=memory is not None and layer.restraint is not None):
             layer.piece.write(block.low, block.high, _changed(block, layer, ratio_max, out=block.d))
         layer.piece.written()
 
@@ -158,15 +164,17 @@ _CPU_PIECE = 2**18
 class _Workspace:
     """Memory for any layer, where the adapters are: a row block of D, pieces of W and of what follows."""
 
-    def __init__(self, layers: Sequence[_Layer]) -> None:
+    def __init__(self, layers: Sequence[_Layer], memory: ReusedMemory | None = None) -> None:
+        """Take the memory; `memory` gives that of D, for all blocks, each at its own place."""
         example = layers[0].update
         device, dtype = example.C.device, compute_dtype(example.C, example.core, example.R)
-        self.elements = block_elements(device)
-        size = max(
-            min(rows, block_height(columns, self.elements)) * columns
-            for rows, columns in (layer.piece.shape for layer in layers)
-        )
-        self.d = torch.empty(size, dtype=dtype, device=device)
+        self.elements, self.whole = block_elements(device), memory is not None
+        shapes = [layer.piece.shape for layer in layers]
+        size = max(min(rows, block_height(columns, self.elements)) * columns for rows, columns in shapes)
+        if memory is None:
+            self.d = torch.empty(size, dtype=dtype, device=device)
+        else:
+            self.d = memory.take(max(rows * columns for rows, columns in shapes), dtype)
         piece = min(size, _CPU_PIECE) if device.type == "cpu" else size
         self.w, self.spare = (torch.empty(piece, dtype=dtype, device=device) for _ in range(2))
 
@@ -181,8 +189,11 @@ class _Block(NamedTuple):
     spare: Tensor
 
 
-def _blocks(layer: _Layer, space: _Workspace) -> Iterator[_Block]:
-    """The slice and D on it in pieces, D from the blocks of the absolute grid that the slice touches."""
+def _blocks(layer: _Layer, space: _Workspace, *, formed: bool = False) -> Iterator[_Block]:
+    """The slice and D on it in pieces, D from the blocks of the absolute grid that the slice touches.
+
+    With `formed` D is where an earlier pass over this layer left it.
+    """
     update, piece = layer.update, layer.piece
     num_rows, num_columns = piece.shape
     R = update.R.to(space.d.dtype)
@@ -190,8 +201,9 @@ def _blocks(layer: _Layer, space: _Workspace) -> Iterator[_Block]:
         first, last = rows.start * num_columns, rows.stop * num_columns
         if first >= piece.end or last <= piece.start:
             continue
-        D = space.d[: last - first]
-        update_block(update.C, update.core, R, update.scaling, rows, out=D.view(-1, num_columns))
+        D = space.d[first:last] if space.whole else space.d[: last - first]
+        if not formed:
+            update_block(update.C, update.core, R, update.scaling, rows, out=D.view(-1, num_columns))
         end = min(last, piece.end)
         for low in range(max(first, piece.start), end, len(space.w)):
             high = min(low + len(space.w), end)

@@ -24,7 +24,7 @@ from merge_toys import TARGETS, make_base, make_quantized, make_secura, quick, r
 from secura_ds.checkpoint_files import open_checkpoint
 from secura_ds.errors import UserError
 from secura_ds.merge import workers
-from secura_ds.merge.work import only_merge_into
+from secura_ds.merge.work import Part, begin_shard, only_merge_into
 
 ROOT = Path(__file__).resolve().parents[3]
 merge_module = importlib.import_module("secura_ds.merge.merge")
@@ -70,8 +70,11 @@ def test_a_worker_tells_what_it_refuses_and_where_it_fails(
     base: Path, tmp_path: Path, edit: Callable[[torch.Tensor], torch.Tensor], kind: str, text: str
 ) -> None:
     ours, theirs = multiprocessing.Pipe()
-    ours.send(open_checkpoint(base).files[0])
-    workers._work(theirs, tmp_path, {"model.embed_tokens.weight": edit}, 1)
+    file = open_checkpoint(base).files[0]
+    begin_shard(tmp_path, file)
+    ours.send({"model.embed_tokens.weight": edit})
+    ours.send(Part(file, file.tensors))
+    workers._work(theirs, tmp_path, 1)
     while (message := ours.recv())[0] == "wrote":
         pass
     assert message[0] == kind and text in message[1]
@@ -80,15 +83,15 @@ def test_a_worker_tells_what_it_refuses_and_where_it_fails(
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     ours, theirs = multiprocessing.Pipe()
     ours.close()
-    workers._work(theirs, tmp_path, {}, 1)
+    workers._work(theirs, tmp_path, 1)
 
 
 def test_a_worker_that_dies_ends_all_and_what_they_finished_is_kept(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    # Large shards go out first, so these are the last two; the second worker would never end by itself.
-    last, before = sorted(open_checkpoint(base).files, key=lambda file: file.size)[:2]
+    # Shards go out in order: one worker gets the last but one, and would never end by itself.
+    *rest, before, last = open_checkpoint(base).files
     with monkeypatch.context() as patch:
         spoil(patch, merge_toys.never_end, *(tensor.name for tensor in before.tensors))
         spoil(patch, merge_toys.die, *(tensor.name for tensor in last.tensors))
@@ -98,8 +101,7 @@ def test_a_worker_that_dies_ends_all_and_what_they_finished_is_kept(
     assert multiprocessing.active_children() == []
     done = noted(partial)
     written = sorted(file.name for file in partial.iterdir() if file.name != "merge.state.json")
-    whole = {file.path.name for file in open_checkpoint(base).files} - {last.path.name, before.path.name}
-    assert sorted(done) == written == sorted(whole)
+    assert sorted(done) == written == sorted(file.path.name for file in rest)
     assert not out.exists()
     report = quick(base, adapter, out)
     assert report.resumed_bytes == sum((out / name).stat().st_size for name in written)
@@ -159,7 +161,7 @@ def test_fewer_workers_than_asked_are_said(
     adapter = make_secura(tmp_path / "adapter", base)
     with caplog.at_level(logging.WARNING):
         assert quick(base, adapter, tmp_path / "out", workers=4).workers == 1
-    assert "1 of 4 workers are used: one for each shard to write" in caplog.text
+    assert "1 of 4 workers are used: there is no more to share out" in caplog.text
     with pytest.raises(UserError, match="workers is 0: at least 1"):
         quick(base, adapter, tmp_path / "none", workers=0)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from secura_ds import sharding
 from secura_ds.errors import UserError
 from secura_ds.method import cabr, smagnorm
+from secura_ds.reused_memory import ReusedMemory
 from secura_ds.sharding import (
     Restraint,
     SliceUpdate,
@@ -118,6 +119,25 @@ def test_fold_is_the_methods_s_magnorm(dtype: torch.dtype) -> None:
     expected = smagnorm.s_magnorm(weight, D)
     fold_slices([update._replace(weight=weight)])
     assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("restraint", RESTRAINTS)
+def test_holding_the_update_changes_no_bit_and_forms_it_once(
+    dtype: torch.dtype, restraint: Restraint | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, formed = ReusedMemory(), []
+    form = fold.update_block
+    monkeypatch.setattr(fold, "update_block", lambda *a, **k: formed.append(a) or form(*a, **k))
+    for rows, columns in [(4000, 600), (700, 600), (5000, 500)]:  # several blocks, one, several
+        weight, update = make(rows, columns, dtype)
+        update = update._replace(restraint=restraint)
+        expected = weight.clone()
+        fold_slices([update._replace(weight=expected)])
+        formed.clear()
+        fold_slices([update._replace(weight=weight)], memory=memory)
+        assert torch.equal(weight, expected)
+        assert len(formed) == len(list(cabr.row_blocks(rows, columns)))
 
 
 def test_no_update_leaves_every_bit() -> None:
