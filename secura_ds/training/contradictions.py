@@ -54,7 +54,7 @@ def contradictions(settings: dict[str, Any], recipe: Recipe, ranks: int) -> list
     for said in _said_twice(recipe, ranks):
         given = _at(settings, said.place)
         if given not in (None, AUTO) and given != said.value:
-            remedy = _ranks_that_fit(given, recipe) if said.place == "train_batch_size" else ""
+            remedy = _what_fits(given, recipe, ranks) if said.place == "train_batch_size" else ""
             problems.append(f'{said.place} is {given!r}, but {said.meaning}: write "auto" here{remedy}')
     return problems
 
@@ -89,12 +89,18 @@ def _is_on(section: Any) -> bool:
     return section.get("enabled", True) is not False if isinstance(section, dict) else section is not None
 
 
-def _ranks_that_fit(batch: Any, recipe: Recipe) -> str:
-    """How many ranks make the batch that a configuration asks for, if any number does."""
-    per_rank = recipe.training.micro_batch_size * recipe.training.gradient_accumulation_steps
-    if not isinstance(batch, int) or batch <= 0 or batch % per_rank:
+def _what_fits(batch: Any, recipe: Recipe, ranks: int) -> str:
+    """How many ranks or passes make the batch that a configuration asks for, where a number does."""
+    if not isinstance(batch, int) or batch <= 0:
         return ""
-    return f", or launch {batch // per_rank} ranks"
+    micro, passes = recipe.training.micro_batch_size, recipe.training.gradient_accumulation_steps
+    remedies = []
+    if batch % (micro * passes) == 0:
+        count = batch // (micro * passes)
+        remedies.append(f", or launch {count} rank{'s' if count > 1 else ''}")
+    if batch % (micro * ranks) == 0:
+        remedies.append(f", or set training.gradient_accumulation_steps={batch // (micro * ranks)}")
+    return "".join(remedies)
 
 
 def _at(settings: Any, place: str) -> Any:

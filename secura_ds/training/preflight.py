@@ -106,15 +106,23 @@ def check_machine(recipe: Recipe) -> None:
         )
 
 
-def check_examples(count: int) -> None:
-    """Refuse fewer training examples than ranks: a rank without any would hold up the others.
+def check_examples(rows: int, recipe: Recipe) -> None:
+    """Refuse fewer rows than a step takes: the sampler would repeat some, which then count more than others.
+
+    Args:
+        rows: of the training data; with packing a row holds several examples.
 
     Raises:
         UserError: names both numbers.
     """
-    ranks = environment.world_size()
-    if count < ranks:
-        raise UserError(f"there are {count} training examples for {ranks} ranks: launch fewer, or add data")
+    training, ranks = recipe.training, environment.world_size()
+    micro, passes = training.micro_batch_size, training.gradient_accumulation_steps
+    if rows < micro * passes * ranks:
+        raise UserError(
+            f"there are {rows} rows of training data, but a step takes {micro} x {passes} x {ranks} = "
+            f"{micro * passes * ranks} (training.micro_batch_size, gradient_accumulation_steps, ranks): "
+            "lower one of them, or add data"
+        )
 
 
 def _check_settings(settings: Any, recipe: Recipe, path: str) -> None:

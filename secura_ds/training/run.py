@@ -109,7 +109,7 @@ def _train(
         base = on_main(lambda: require_exportable(recipe, folder, resume=resume, overwrite=overwrite))
     # The data first: what is wrong with it shows before minutes go into loading and calibrating.
     train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
-    preflight.check_examples(len(train_rows))
+    preflight.check_examples(len(train_rows), recipe)
     found = on_main(lambda: _find_checkpoint(recipe, folder)) if resume else None
     planned = check_memory(recipe, train_rows, settings, calibrates=found is None)
     trainer = _make_trainer(

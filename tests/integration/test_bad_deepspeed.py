@@ -92,6 +92,9 @@ def test_every_contradiction_names_both_values(toy: Path) -> None:
 def test_a_number_of_ranks_that_does_not_make_the_batch(toy: Path) -> None:
     (line,) = errors(toy, configuration(toy, train_batch_size=12), **TWO_RANKS)
     assert "train_batch_size is 12, but 2 x 2 x 2 " in line and "or launch 3 ranks" in line
+    assert "or set training.gradient_accumulation_steps=3" in line
+    (line,) = errors(toy, configuration(toy, train_batch_size=4), **TWO_RANKS)
+    assert "or launch 1 rank," in line and "gradient_accumulation_steps=1" in line
     (line,) = errors(toy, configuration(toy, train_batch_size=7), **TWO_RANKS)
     assert "is 8" in line and "launch" not in line.split("is 8")[1]
 

@@ -186,6 +186,17 @@ def test_no_example_left_is_an_error(recipe: Callable[..., Path], refused: Run, 
     _assert_free_for_a_new_run(tmp_path / "run")
 
 
+def test_fewer_rows_than_a_step_takes(
+    recipe: Callable[..., Path], refused: Run, toy: Path, tmp_path: Path
+) -> None:
+    """The sampler would repeat examples to give every pass one; the folder is free for the mended run."""
+    rows = (toy / "rows.jsonl").read_text().splitlines(keepends=True)
+    (toy / "odd.jsonl").write_text("".join(rows[:3]))
+    message = refused("train", recipe(data__sources=[{"path": "odd.jsonl"}]))
+    assert "there are 3 rows" in message and "2 x 2 x 1 = 4" in message and "\n" not in message
+    _assert_free_for_a_new_run(tmp_path / "run")
+
+
 # Recipe against backbone.
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -296,9 +297,12 @@ def test_the_text_of_a_calibration_is_kept_and_used_again(
     assert Path("first/calibration.jsonl").read_bytes() == kept and Path("first/adapter").is_dir()
 
 
-def test_packing_changes_no_loss(run: Run) -> None:
+def test_packing_changes_no_loss(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Packed examples must not see each other: with all of them in one step, the first loss is the same."""
     options = ["training.max_steps=1", "data.max_length=128", "training.gradient_accumulation_steps=1"]
     assert run("plain", *options, "training.micro_batch_size=40") == 0
-    assert run("packed", *options, "training.micro_batch_size=40", "data.packing=true") == 0
+    assert run("packed", *options, "training.micro_batch_size=40", "data.packing=true") == 2
+    count = int(re.search(r"there are (\d+) rows", capsys.readouterr().err)[1])
+    assert 1 < count < 40
+    assert run("packed", *options, f"training.micro_batch_size={count}", "data.packing=true") == 0
     assert losses(Path("packed")) == pytest.approx(losses(Path("plain")), rel=1e-5)

@@ -67,3 +67,21 @@ def test_another_recipe_is_not_continued(tmp_path: Path) -> None:
     other = {**before, "adapter": {"cur_rank": 16}}
     with pytest.raises(UserError, match="adapter.cur_rank is 16, but .* started with 8"):
         folders.check_same_run(tmp_path / "recipe.resolved.json", other)
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "after"),
+    [
+        ("model", "one", "another"),
+        ("quantization", None, {"kind": "nf4"}),
+        ("quantization", {"kind": "nf4"}, None),
+    ],
+)
+def test_another_backbone_is_not_the_same_run(
+    tmp_path: Path, key: str, before: object, after: object
+) -> None:
+    earlier = tmp_path / "recipe.resolved.json"
+    earlier.write_text(json.dumps({"backbone": {key: before}}))
+    folders.check_same_run(earlier, {"backbone": {key: before}})
+    with pytest.raises(UserError, match=rf"--resume: backbone\.{key} is .* was started with .* --overwrite"):
+        folders.check_same_run(earlier, {"backbone": {key: after}})

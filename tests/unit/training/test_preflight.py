@@ -63,10 +63,10 @@ def test_equal_values_do_not_contradict(path: Path, launched: None) -> None:
     assert preflight.deepspeed_settings(load_recipe(path, ["training.deepspeed=equal.json"])) is not None
 
 
-def test_every_rank_needs_an_example(launched: None) -> None:
-    preflight.check_examples(2)
-    with pytest.raises(UserError, match="there are 1 training examples for 2 ranks"):
-        preflight.check_examples(1)
+def test_a_step_needs_as_many_rows_as_it_takes(path: Path, launched: None) -> None:
+    preflight.check_examples(8, load_recipe(path))
+    with pytest.raises(UserError, match=r"there are 7 rows .* takes 2 x 2 x 2 = 8 "):
+        preflight.check_examples(7, load_recipe(path))
 
 
 def test_bf16_needs_a_card_that_computes_in_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
