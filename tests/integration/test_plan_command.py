@@ -97,6 +97,7 @@ def test_a_run_records_its_plan_and_is_refused_where_it_cannot_fit(tmp_path: Pat
     assert 0 < run["planned_memory_bytes"] < run["peak_memory_bytes"]  # a process holds its libraries, too
     huge = [
         "--set=training.micro_batch_size=40",
+        "--set=training.gradient_accumulation_steps=1",
         "--set=data.max_length=64",
         "--set=training.output_dir=huge",
     ]
