@@ -153,11 +153,6 @@ class Part(NamedTuple):
     file: TensorFile
     tensors: tuple[StoredTensor, ...]
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of its tensors."""
-        return sum(tensor.num_bytes for tensor in self.tensors)
-
 
 def split(file: TensorFile) -> list[Part]:
     """All tensors of a base shard in parts of about `PART_BYTES`; a tensor is never cut."""

@@ -23,7 +23,7 @@ from merge_toys import TARGETS, make_base, make_quantized, make_secura, quick, r
 
 from secura_ds.checkpoint_files import open_checkpoint
 from secura_ds.errors import UserError
-from secura_ds.merge import workers
+from secura_ds.merge import work, workers
 from secura_ds.merge.work import Part, begin_shard, only_merge_into
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -43,7 +43,13 @@ def noted(partial: Path) -> list[str]:
     return done
 
 
-def test_two_workers_write_the_bytes_of_one(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part_bytes", [1, 10_000, work.PART_BYTES])
+def test_two_workers_write_the_bytes_of_one(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int
+) -> None:
+    monkeypatch.setattr(work, "PART_BYTES", part_bytes)
+    parts = [len(work.split(file)) for file in open_checkpoint(base).files]
+    assert (max(parts) > 1) == (part_bytes < 40_000)
     adapter, _, _ = make_quantized(tmp_path, base)
     alone = quick(base, adapter, tmp_path / "one")
     together = quick(base, adapter, tmp_path / "two", workers=2)
