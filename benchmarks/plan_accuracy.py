@@ -49,6 +49,7 @@ NF4 = "backbone.quantization.kind=nf4"
 EAGER = "backbone.attention=eager"
 LORA = 'adapter={"method":"lora","rank":16,"target_modules":"all-linear"}'
 SHIPPED = "deepspeed/"
+ALONE = "training.deepspeed=null"
 ZERO2 = f"training.deepspeed={SHIPPED}zero2.json"
 COMMON = [
     f"training.deepspeed={SHIPPED}zero3.json",
@@ -64,16 +65,13 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "ZeRO-3, forward, checkpointing": (2, [CHECKPOINTING]),
     "ZeRO-3, merge, all linear": (2, [MERGE, ALL]),
     "ZeRO-3, merge, all linear, checkpointing": (2, [MERGE, ALL, CHECKPOINTING]),
-    "ZeRO-3, NF4, checkpointing": (
-        2,
-        [NF4, CHECKPOINTING],
-    ),
+    "ZeRO-3, NF4, checkpointing": (2, [NF4, CHECKPOINTING]),
     "ZeRO-3, accumulating": (2, [MERGE, "training.gradient_accumulation_steps=2"]),
     "ZeRO-2, checkpointing": (2, [ZERO2, CHECKPOINTING]),
     "ZeRO-3, LoRA": (2, [LORA]),
-    "one process, merge": (1, [MERGE]),
-    "one process, NF4": (1, [NF4]),
-    "one process, LoRA, checkpointing": (1, [LORA, CHECKPOINTING]),
+    "one process, merge": (1, [ALONE, MERGE]),
+    "one process, NF4": (1, [ALONE, NF4]),
+    "one process, LoRA, checkpointing": (1, [ALONE, LORA, CHECKPOINTING]),
 }
 
 

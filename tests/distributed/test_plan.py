@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from training_toys import REPOSITORY, write_toy
 
+from secura_ds.recipe import load_recipe
+
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+import plan_accuracy  # noqa: E402
 from plan_accuracy import measure  # noqa: E402
 
 COMMON = [
@@ -77,3 +80,10 @@ def test_a_steps_peak_is_planned_within_10_percent(
     row = found[case]
     assert row["measured"] > 1.2 * row["at_rest"]["measured"]  # there is more to it than what is held anyway
     assert row["predicted"] == pytest.approx(row["measured"], rel=0.1)
+
+
+def test_the_benchmarks_cases_can_be_launched() -> None:
+    """Alone there is no DeepSpeed configuration, on two ranks there is."""
+    for ranks, options in plan_accuracy.CASES.values():
+        recipe = load_recipe(plan_accuracy.RECIPE, [*plan_accuracy.COMMON, *options])
+        assert (recipe.training.deepspeed is None) == (ranks == 1), options
