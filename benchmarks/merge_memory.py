@@ -6,10 +6,11 @@ merged by one process and by two. "PEFT" is of a size that PEFT, which loads the
 
 Every contender is a process tree of its own that reads from disk: before each one the pages of all input
 files are dropped from the page cache, and the clock stops when the disk has what was written. The copy runs
-first and last, and the faster of the two counts. Memory is the largest proportional resident size (PSS) of
-the whole tree, libraries included, sampled every 50 ms: a page that several processes share counts once.
-Exits with status 1 if a merge of the 8B part needs more than 2 GB, or if neither number of workers reaches
-half the copy's speed.
+first and last, and the faster of the two counts. Memory is the largest resident size of the whole tree,
+libraries included, sampled every 50 ms: the sum over its processes (RSS), which counts a page as often as
+processes share it, and beside it their proportional size (PSS), which counts it once. Exits with status 1 if
+a merge of the 8B part needs more than 2 GB by the sum, or if neither number of workers reaches half the
+copy's speed.
 """
 
 from __future__ import annotations
@@ -231,17 +232,26 @@ def run(name: str, folder: Path) -> dict[str, float]:
     load = os.getloadavg()[0]
     command = [sys.executable, __file__, "--contend", name, "--folder", str(folder)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    root, peak = psutil.Process(process.pid), 0
+    root, peak, proportional = psutil.Process(process.pid), 0, 0
     while process.poll() is None:
         with suppress(psutil.Error):
-            peak = max(peak, tree_bytes(root))
+            peak = max(peak, sum(resident(p) for p in (root, *root.children(recursive=True))))
+            proportional = max(proportional, tree_bytes(root))
         time.sleep(0.05)
     assert process.stdout is not None
     result = json.loads(process.stdout.read().splitlines()[-1])
     if process.returncode:
         raise RuntimeError(f"{name} failed with status {process.returncode}")
     shutil.rmtree(folder / "out")
-    return {**result, "peak_resident_bytes": peak, "load_average_before": load}
+    memory = {"peak_resident_bytes": peak, "peak_proportional_bytes": proportional}
+    return {**result, **memory, "load_average_before": load}
+
+
+def resident(process: psutil.Process) -> int:
+    """Resident bytes of a process; 0 if it has just ended."""
+    with suppress(psutil.Error):
+        return int(process.memory_info().rss)
+    return 0
 
 
 def measure(folder: Path, contenders: Sequence[str]) -> dict[str, Any]:
@@ -267,13 +277,13 @@ def table(title: str, part: Mapping[str, Any]) -> str:
     """One part as plain text."""
     lines = [
         f"{title}: {part['bytes'] / 1e9:.2f} GB in {part['shards']} shards",
-        f"{'':42} {'seconds':>8} {'processor s':>12} {'MB/s':>6} {'of copy':>8} {'peak MB':>8}",
+        f"{'':42} {'seconds':>8} {'processor s':>12} {'MB/s':>6} {'of copy':>8} {'RSS MB':>8} {'PSS MB':>8}",
     ]
     for name, row in part["contenders"].items():
         lines.append(
             f"{CONTENDERS[name]:42} {row['seconds']:8.1f} {row['processor_seconds']:12.1f} "
             f"{row['megabytes_per_second']:6.0f} {row['speed_of_copy']:8.2f} "
-            f"{row['peak_resident_bytes'] / 1e6:8.0f}"
+            f"{row['peak_resident_bytes'] / 1e6:8.0f} {row['peak_proportional_bytes'] / 1e6:8.0f}"
         )
     return "\n".join(lines)
 

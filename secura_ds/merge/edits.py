@@ -1,7 +1,7 @@
 """What an adapter does to each tensor of its base: one function per touched tensor.
 
-An edit takes the base tensor, in memory of its own, and returns the merged one in the same dtype and shape.
-It overwrites its argument, so that a merge holds one tensor, its update in fp32 and a few row blocks.
+An edit takes the base tensor, which it overwrites, and returns the merged one in the same dtype and shape, so
+that a merge holds one tensor, at most 128 MiB of its update, and a few row blocks.
 W (out, in), C (out, r), R (r, in), A (r, m), B (m, r), U (r, r); for LoRA A (r, in), B (out, r).
 """
 

@@ -63,8 +63,8 @@ def fold_slices(updates: Sequence[SliceUpdate], *, memory: ReusedMemory | None =
     more where an eps relative to mean|W| is not known yet. Nothing else is sent.
 
     Args:
-        memory: holds D whole, in fp32, so that it need not be formed again for the second pass. For one
-            update at a time, on the CPU.
+        memory: holds the first 128 MiB of D, in fp32, which then need not be formed again for the second
+            pass. For one update at a time, on the CPU.
 
     Raises:
         UserError: slices that cannot be rewritten in place.
@@ -159,22 +159,23 @@ def _layers(updates: Sequence[SliceUpdate]) -> list[_Layer]:
 
 # What follows the matrix product runs piece by piece, which a CPU's second-level cache should hold.
 _CPU_PIECE = 2**18
+_HELD = 2**25  # elements of D
 
 
 class _Workspace:
     """Memory for any layer, where the adapters are: a row block of D, pieces of W and of what follows."""
 
     def __init__(self, layers: Sequence[_Layer], memory: ReusedMemory | None = None) -> None:
-        """Take the memory; `memory` gives that of D, for all blocks, each at its own place."""
+        """Take the memory; `memory` gives that of the blocks of D that stay, each at its own place."""
         example = layers[0].update
         device, dtype = example.C.device, compute_dtype(example.C, example.core, example.R)
-        self.elements, self.whole = block_elements(device), memory is not None
+        self.elements = block_elements(device)
         shapes = [layer.piece.shape for layer in layers]
         size = max(min(rows, block_height(columns, self.elements)) * columns for rows, columns in shapes)
-        if memory is None:
-            self.d = torch.empty(size, dtype=dtype, device=device)
-        else:
-            self.d = memory.take(max(rows * columns for rows, columns in shapes), dtype)
+        self.d = torch.empty(size, dtype=dtype, device=device)
+        self.held = self.d[:0]
+        if memory is not None:
+            self.held = memory.take(min(_HELD, max(rows * columns for rows, columns in shapes)), dtype)
         piece = min(size, _CPU_PIECE) if device.type == "cpu" else size
         self.w, self.spare = (torch.empty(piece, dtype=dtype, device=device) for _ in range(2))
 
@@ -192,7 +193,7 @@ class _Block(NamedTuple):
 def _blocks(layer: _Layer, space: _Workspace, *, formed: bool = False) -> Iterator[_Block]:
     """The slice and D on it in pieces, D from the blocks of the absolute grid that the slice touches.
 
-    With `formed` D is where an earlier pass over this layer left it.
+    With `formed` the blocks that stay are where an earlier pass over this layer left them.
     """
     update, piece = layer.update, layer.piece
     num_rows, num_columns = piece.shape
@@ -201,8 +202,9 @@ def _blocks(layer: _Layer, space: _Workspace, *, formed: bool = False) -> Iterat
         first, last = rows.start * num_columns, rows.stop * num_columns
         if first >= piece.end or last <= piece.start:
             continue
-        D = space.d[first:last] if space.whole else space.d[: last - first]
-        if not formed:
+        stays = last <= len(space.held)
+        D = space.held[first:last] if stays else space.d[: last - first]
+        if not (formed and stays):
             update_block(update.C, update.core, R, update.scaling, rows, out=D.view(-1, num_columns))
         end = min(last, piece.end)
         for low in range(max(first, piece.start), end, len(space.w)):

@@ -123,9 +123,11 @@ def test_fold_is_the_methods_s_magnorm(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("restraint", RESTRAINTS)
+@pytest.mark.parametrize("held", [fold._HELD, 2_000_000, 0])
 def test_holding_the_update_changes_no_bit_and_forms_it_once(
-    dtype: torch.dtype, restraint: Restraint | None, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, restraint: Restraint | None, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fold, "_HELD", held)
     memory, formed = ReusedMemory(), []
     form = fold.update_block
     monkeypatch.setattr(fold, "update_block", lambda *a, **k: formed.append(a) or form(*a, **k))
@@ -137,7 +139,9 @@ def test_holding_the_update_changes_no_bit_and_forms_it_once(
         formed.clear()
         fold_slices([update._replace(weight=weight)], memory=memory)
         assert torch.equal(weight, expected)
-        assert len(formed) == len(list(cabr.row_blocks(rows, columns)))
+        ends = [block.stop * columns for block in cabr.row_blocks(rows, columns)]
+        again = 0 if restraint is None else sum(end > held for end in ends)
+        assert len(formed) == len(ends) + again
 
 
 def test_no_update_leaves_every_bit() -> None:
