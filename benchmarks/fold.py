@@ -34,6 +34,7 @@ from secura_ds import sharding
 from secura_ds.errors import UserError, run_command
 from secura_ds.files import atomic_write_json
 from secura_ds.method.cabr import block_elements, block_height, row_blocks, update_block
+from secura_ds.ranks import end_process
 from secura_ds.report.table import format_table
 
 HIDDEN, INTERMEDIATE, KEYS = 4096, 14336, 1024
@@ -267,8 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if dist.get_rank() == 0:
             options.work.write_text(json.dumps(found))
         dist.barrier()
-        dist.destroy_process_group()
-        return 0
+        end_process(0)
     num_elements = sum(rows * columns for rows, columns in shapes)
     check_memory(num_elements)
     rows = [launch(ranks, options) for ranks in options.ranks]

@@ -31,6 +31,7 @@ from secura_ds.embedded import embedded_checkpoint
 from secura_ds.errors import run_command
 from secura_ds.files import atomic_write_json
 from secura_ds.plan import Plan, deepspeed_file, plan
+from secura_ds.ranks import end_process
 from secura_ds.recipe import load_recipe
 from secura_ds.report.table import format_table
 from secura_ds.training import run as runs
@@ -149,8 +150,7 @@ def _work(recipe: Path, result: Path, cases: dict[str, list[str]]) -> None:
         found[name] = compare(planned, counter.measured)
     if environment.is_main_process():
         atomic_write_json(result, found)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_process(0)
 
 
 def counted(recipe: Path, options: list[str]) -> Counter:

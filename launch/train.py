@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import transformers
 
 import secura_ds  # noqa: F401 - registers our adapter with PEFT
@@ -23,6 +22,7 @@ from secura_ds.backbones import load_tokenizer
 from secura_ds.data import build_datasets, show_examples
 from secura_ds.environment import is_main_process
 from secura_ds.errors import run_command
+from secura_ds.ranks import end_process
 from secura_ds.recipe import Recipe, load_recipe
 from secura_ds.training import RunSummary, train
 
@@ -36,12 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = load_recipe(options.recipe, options.set)
     if options.show_examples is not None:
         return _show(recipe, options.show_examples)
-    try:
-        summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
-    finally:
-        # Its threads would abort a process that ends without this, after an error too.
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
     if is_main_process():
         print(_account(recipe, summary))
     return 0 if summary.signal is None else 128 + summary.signal
@@ -101,4 +96,4 @@ def _account(recipe: Recipe, summary: RunSummary) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    end_process(run_command(main))

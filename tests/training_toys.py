@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,12 @@ def command(recipe: Path, *options: str, ranks: int = 0) -> list[str]:
     port = str(20000 + os.getpid() % 20000)
     launcher = str(Path(sys.executable).parent / "deepspeed")
     return [launcher, "--num_accelerators", str(ranks), "--master_port", port, *script]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def quiet_environment(**more: str) -> dict[str, str]:

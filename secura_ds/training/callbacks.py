@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from secura_ds.adapter import fold, layer_statistics
 from secura_ds.environment import is_main_process
 from secura_ds.files import atomic_write_text
-from secura_ds.training.ranks import total
+from secura_ds.ranks import total
 from secura_ds.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)

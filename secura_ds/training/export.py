@@ -28,10 +28,10 @@ from secura_ds.environment import is_main_process
 from secura_ds.errors import UserError
 from secura_ds.files import atomic_write_json
 from secura_ds.merge import MergeReport, merge, require_plain
+from secura_ds.ranks import on_main
 from secura_ds.recipe import Recipe
 from secura_ds.training.callbacks import Agreement, StopRequested
 from secura_ds.training.folder import MERGED
-from secura_ds.training.ranks import on_main
 
 _ENDED = -1
 

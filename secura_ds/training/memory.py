@@ -16,8 +16,8 @@ from secura_ds import environment
 from secura_ds.backbones import load_config
 from secura_ds.errors import UserError, first_line
 from secura_ds.plan import Devices, Plan, Verdict, Work, advice, here, judge, plan
+from secura_ds.ranks import from_all
 from secura_ds.recipe import Recipe, SecuraAdapter, changed
-from secura_ds.training.ranks import from_all
 
 logger = logging.getLogger(__name__)
 

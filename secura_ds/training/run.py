@@ -26,6 +26,7 @@ from secura_ds.data import build_datasets
 from secura_ds.environment import is_main_process
 from secura_ds.errors import UserError
 from secura_ds.files import atomic_folder, atomic_write_json
+from secura_ds.ranks import on_main
 from secura_ds.recipe import Recipe, SecuraAdapter
 from secura_ds.sharding import full_shape
 from secura_ds.training import checkpoint as files
@@ -46,7 +47,6 @@ from secura_ds.training.callbacks import (
 from secura_ds.training.export import export, require_exportable, require_names
 from secura_ds.training.memory import check_memory
 from secura_ds.training.model import build_model, describe_adapter, frozen_factors, trainable
-from secura_ds.training.ranks import on_main
 from secura_ds.training.trainer import Trainer
 from secura_ds.training.watch import watching
 

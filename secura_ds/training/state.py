@@ -16,9 +16,9 @@ from secura_ds import sharding
 from secura_ds.adapter import SecuraConfig, secura_layers
 from secura_ds.environment import is_main_process, rank, world_size
 from secura_ds.errors import UserError
+from secura_ds.ranks import from_all
 from secura_ds.training.checkpoint import Checkpoint
 from secura_ds.training.model import accumulators, trainable
-from secura_ds.training.ranks import from_all
 
 if TYPE_CHECKING:
     from secura_ds.training.trainer import Trainer

@@ -21,11 +21,11 @@ from trl import SFTConfig, SFTTrainer
 from secura_ds import sharding
 from secura_ds.backbones import head
 from secura_ds.backbones.head import IGNORED
+from secura_ds.ranks import on_main
 from secura_ds.training import checkpoint as files
 from secura_ds.training import state as states
 from secura_ds.training.checkpoint import Checkpoint
 from secura_ds.training.model import trainable
-from secura_ds.training.ranks import on_main
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from torch.distributed import PrefixStore, TCPStore
 
 from secura_ds import environment
 from secura_ds.errors import RankError, UserError, first_line
-from secura_ds.training.ranks import distributed
+from secura_ds.ranks import distributed
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from secura_ds.calibration import text
 from secura_ds.errors import UserError
 from secura_ds.method import calibrated
+from secura_ds.ranks import end_process
 from secura_ds.sharding import assert_partitioned, whole
 
 ZERO3 = {
@@ -61,8 +62,8 @@ def main(base: Path, out: Path) -> None:
         (out / f"{rank}.error").write_text(str(error))
     del alive
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    end_process(0)

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launch"))
 import train as command  # noqa: E402
 
 from secura_ds.errors import UserError, run_command  # noqa: E402
+from secura_ds.ranks import end_process  # noqa: E402
 from secura_ds.training import callbacks, watch  # noqa: E402
 
 SHORT_PATIENCE = 6.0
@@ -38,4 +39,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from secura_ds.evaluation import evaluate
+from secura_ds.ranks import end_process
 from secura_ds.recipe import EvaluationRecipe
 from secura_ds.sharding import is_sharded
 
@@ -31,8 +32,8 @@ def main(folder: Path) -> None:
     del keep_alive
     (folder / f"found-{dist.get_rank()}.json").write_text(json.dumps(document))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[-1]))
+    end_process(0)

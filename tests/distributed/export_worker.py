@@ -24,6 +24,7 @@ import export_toys  # noqa: E402
 from secura_ds import sharding  # noqa: E402
 from secura_ds.errors import UserError  # noqa: E402
 from secura_ds.merge import work  # noqa: E402
+from secura_ds.ranks import end_process  # noqa: E402
 from secura_ds.recipe import load_recipe  # noqa: E402
 from secura_ds.training import RunSummary, train  # noqa: E402
 
@@ -50,7 +51,6 @@ def main() -> None:
     if int(os.environ["RANK"]) == 0:
         result.write_text(json.dumps(found))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 @contextmanager
@@ -142,3 +142,4 @@ def interrupted_by_one_rank(run: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from secura_ds.environment import is_main_process
+from secura_ds.ranks import end_process
 from secura_ds.recipe import load_recipe
 from secura_ds.training import train
 
@@ -31,7 +32,6 @@ def main() -> None:
         found[f"{name}-cut"] = train(again, resume=True).status
     if is_main_process():
         result.write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
 
 
 def cut_short(run: Path, cut: Path) -> None:
@@ -45,3 +45,4 @@ def cut_short(run: Path, cut: Path) -> None:
 
 if __name__ == "__main__":
     main()
+    end_process(0)

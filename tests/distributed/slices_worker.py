@@ -31,6 +31,7 @@ from allocated import AllocatedPeak  # noqa: E402
 from secura_ds import sharding  # noqa: E402
 from secura_ds.adapter import fold, layer_statistics, secura_layers  # noqa: E402
 from secura_ds.method import cabr  # noqa: E402
+from secura_ds.ranks import end_process  # noqa: E402
 from secura_ds.sharding import fold as folding  # noqa: E402
 
 WORLDS = (1, 2, 3, 4)
@@ -326,8 +327,8 @@ def main() -> None:
         dist.barrier()
     arguments.out.with_suffix(f".{rank}.json").write_text(json.dumps(result))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    end_process(0)

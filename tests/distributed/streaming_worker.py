@@ -21,6 +21,7 @@ from secura_ds import sharding  # noqa: E402
 from secura_ds.backbones import load_model  # noqa: E402
 from secura_ds.errors import UserError  # noqa: E402
 from secura_ds.merge.memory import PeakMemory  # noqa: E402
+from secura_ds.ranks import end_process  # noqa: E402
 from secura_ds.recipe import BackboneRecipe, Quantization  # noqa: E402
 
 SETTINGS = {
@@ -124,8 +125,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         arguments.out.write_text(json.dumps(everything))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    end_process(0)

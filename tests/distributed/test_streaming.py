@@ -12,12 +12,11 @@ import adapter_toys as toys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_toys import quiet_environment
+from training_toys import free_port, quiet_environment
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import streaming_worker as worker  # noqa: E402
-from test_sharding import free_port  # noqa: E402
 
 pytestmark = pytest.mark.timeout(600)
 

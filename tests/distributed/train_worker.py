@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from secura_ds.errors import UserError
+from secura_ds.ranks import end_process
 from secura_ds.recipe import load_recipe
 from secura_ds.training import RunSummary, callbacks, train
 
@@ -67,7 +68,6 @@ def main() -> None:
     found["whole"] = loaded_whole(run)
     if int(os.environ["RANK"]) == 0:
         result.write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
 
 
 def interrupted_by_one_rank(run: Any) -> dict[str, Any]:
@@ -120,3 +120,4 @@ def loaded_whole(run: Any) -> str:
 
 if __name__ == "__main__":
     main()
+    end_process(0)

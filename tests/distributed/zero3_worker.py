@@ -23,6 +23,7 @@ import adapter_toys as toys  # noqa: E402
 from secura_ds import sharding  # noqa: E402
 from secura_ds.adapter import adapter_state, fold, layer_statistics, save_adapter, secura_layers  # noqa: E402
 from secura_ds.errors import UserError  # noqa: E402
+from secura_ds.ranks import end_process  # noqa: E402
 
 LEARNING_RATE = 0.02
 OFFLOADED = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
@@ -267,8 +268,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         arguments.out.write_text(json.dumps(result))
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -16,6 +19,22 @@ T = TypeVar("T")
 def distributed() -> bool:
     """True where several ranks share the run."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def end_process(status: int) -> NoReturn:
+    """Part from the other ranks, and end this process with `status`.
+
+    The threads of a process group end only when it is freed, and DeepSpeed keeps groups, model and engine for
+    ever. An interpreter that ends with such threads is aborted now and then ("terminate called without an
+    active exception"), after all was done: so this one does not wait for its own end.
+    """
+    if not distributed():
+        sys.exit(status)
+    torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def on_main(action: Callable[[], T]) -> T:
