@@ -1,12 +1,12 @@
 """Merge an adapter into its base model, streaming: base shards in, one merged Hugging Face checkpoint out.
 
-Interrupted, it leaves only OUT.partial; the same command again goes on from the last finished shard.
+Interrupted by Ctrl-C, SIGTERM or SIGUSR1 it leaves only OUT.partial; the same command again goes on from the
+last finished shard.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,8 +22,6 @@ from secura_ds.merge import MergeReport, merge
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, merge, and say what was done."""
     options = _parser().parse_args(arguments)
-    # A preempted merge ends as after Ctrl-C: finished shards stay for the next try.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     report = merge(
         resolve_base(options.base, options.revision),
         options.adapter,

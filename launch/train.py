@@ -3,7 +3,8 @@
     deepspeed launch/train.py recipes/smollm2-135m.json      n processes, weights in n parts
     python launch/train.py recipes/qlora/llama3.1-8b.json    one process, one GPU or the CPU
 
-A run interrupted by Ctrl-C or SIGTERM saves a checkpoint; the same command with --resume goes on.
+A run interrupted by Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint; the same command with --resume goes on.
+After one of the last two, which a cluster sends, the exit status is 75.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from secura_ds.environment import is_main_process
 from secura_ds.errors import run_command
 from secura_ds.ranks import end_process
 from secura_ds.recipe import Recipe, load_recipe
+from secura_ds.stopping import exit_status
 from secura_ds.training import RunSummary, train
 
 logger = logging.getLogger("secura_ds")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, train, and say where the result is; 128 + the signal if one interrupted it."""
+    """Parse the command line, train, and say where the result is."""
     options = _parser().parse_args(arguments)
     _quiet()
     recipe = load_recipe(options.recipe, options.set)
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = train(recipe, resume=options.resume, overwrite=options.overwrite)
     if is_main_process():
         print(_account(recipe, summary))
-    return 0 if summary.signal is None else 128 + summary.signal
+    return 0 if summary.signal is None else exit_status(summary.signal)
 
 
 def _parser() -> argparse.ArgumentParser:

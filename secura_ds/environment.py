@@ -73,6 +73,21 @@ def rendezvous() -> tuple[str, int]:
     return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
+def launcher_serves_store() -> bool:
+    """True under torchrun, whose own process serves the store at that address."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def launcher_attempt() -> str:
+    """Which start of the ranks this is, where a launcher starts them again at the same store."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def node_names() -> list[str]:
+    """The names of the nodes in the order of their ranks, where the launcher says them; else empty."""
+    return os.environ.get("SECURA_NODES", "").split()
+
+
 def _git_commit() -> str | None:
     folder = Path(__file__).resolve().parent
     try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 from secura_ds.environment import is_main_process
+from secura_ds.stopping import Interrupted, exit_status, interruptible
 
 SILENCE = 5.0  # seconds that ranks other than the main one wait before they report an error
 
@@ -18,29 +20,32 @@ class UserError(Exception):
 class RankError(UserError):
     """Another rank of the run has failed or died; the message says which, and why."""
 
-    def __init__(self, message: str, *, loud: bool) -> None:
+    def __init__(self, message: str, *, loud: bool, status: int = 2) -> None:
         """`loud` is True on the one rank that tells the user, at once: a launcher ends it soon."""
         super().__init__(message)
-        self.loud = loud
+        self.loud, self.status = loud, status
 
 
 def run_command(main: Callable[[Sequence[str] | None], int], arguments: Sequence[str] | None = None) -> int:
     """Run a command's `main`; show a `UserError` as one `error:` line instead of a traceback.
 
     Returns:
-        The exit status: what `main` returned, 2 after a `UserError`, 130 after Ctrl-C.
+        The exit status: what `main` returned, 2 after a `UserError`, 130 after Ctrl-C, `REQUEUE` after a
+        signal of a cluster.
     """
     try:
-        return main(arguments)
+        with interruptible():
+            return main(arguments)
     except UserError as error:
         if not (error.loud if isinstance(error, RankError) else is_main_process()):
             # Nearly always the main rank has met the same error, and the launcher ends the others with it.
             time.sleep(SILENCE)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
+        return error.status if isinstance(error, RankError) else 2
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
+        print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        return exit_status(number)
 
 
 def first_line(error: BaseException) -> str:

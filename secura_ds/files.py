@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def _replacing(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             temporary.chmod(0o644)
             temporary.replace(path)
+            _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -74,8 +75,14 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(
+    path: Path, *, overwrite: bool = False, replaces: Callable[[], bool] = lambda: True
+) -> Iterator[Path]:
     """A temporary sibling folder that becomes `path` once the block has ended well.
+
+    Args:
+        overwrite: `path` may exist.
+        replaces: asked at the end if `path` exists: whether the new folder takes its place, or goes.
 
     Raises:
         UserError: `path` exists and `overwrite` is false; the disk is full.
@@ -89,20 +96,47 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         temporary.chmod(0o755)
         try:
             yield temporary
-            swap_folder(temporary, path)
+            if not path.exists() or replaces():
+                swap_folder(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 def swap_folder(new: Path, path: Path) -> None:
     """Put `new` at `path`; what was there goes only after the new folder stands."""
-    if not path.exists():
+    if path.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        path.rename(old / "content")
         new.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    path.rename(old / "content")
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        new.rename(path)
+    _sync(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder that is complete or gone at every moment, also if the process is killed meanwhile."""
+    hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    path.rename(hidden / "content")
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Delete what writes of a killed process left in `folder` under temporary names."""
+    for left_over in [*folder.glob(".*.partial"), *folder.glob(".*.old")]:
+        if left_over.is_dir():
+            shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Have the disk hold the names in `folder`, not only what they name."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save_tensors(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
@@ -12,6 +13,7 @@ import torch
 
 from secura_ds.environment import is_main_process
 from secura_ds.errors import UserError
+from secura_ds.stopping import FROM_CLUSTER
 
 T = TypeVar("T")
 
@@ -30,6 +32,8 @@ def end_process(status: int) -> NoReturn:
     """
     if not distributed():
         sys.exit(status)
+    for number in FROM_CLUSTER:  # a launcher passes on what this process has heard already
+        signal.signal(number, signal.SIG_IGN)
     torch.distributed.destroy_process_group()
     atexit._run_exitfuncs()
     sys.stdout.flush()

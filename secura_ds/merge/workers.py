@@ -28,8 +28,9 @@ from secura_ds.files import explained
 from secura_ds.merge.edits import Edit
 from secura_ds.merge.memory import PeakMemory
 from secura_ds.merge.work import Advance, Part, WorkFolder, begin_shard, end_shard, reader, write_part
+from secura_ds.stopping import FROM_CLUSTER
 
-_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_SIGNALS = {signal.SIGINT, *FROM_CLUSTER}
 
 
 def share(
@@ -144,7 +145,7 @@ def _crew(workers: int, folder: Path, edits: Mapping[str, Edit]) -> Iterator[lis
 
 @contextmanager
 def _signals_for_us_alone() -> Iterator[None]:
-    """Processes started in the block never see Ctrl-C and SIGTERM, which reach whole process groups.
+    """Processes started in the block never see signals that ask for an end, which reach whole process groups.
 
     Blocked signals stay blocked in a child, from its first instruction on; ours arrive after the block.
     """

@@ -20,7 +20,7 @@ NEVER = 10**9  # a step no run reaches
 
 
 def make_arguments(recipe: Recipe, folder: Path, settings: dict[str, Any] | None) -> SFTConfig:
-    """The Trainer's arguments. Under a launcher this starts the process group.
+    """The Trainer's arguments. Under a launcher the ranks are connected.
 
     With ZeRO-3 `settings`, models that are loaded while the result is alive are partitioned as they load.
 
@@ -80,7 +80,10 @@ def make_arguments(recipe: Recipe, folder: Path, settings: dict[str, Any] | None
 
 
 def _start_cpu_ranks() -> None:
-    """Start the process group of a DeepSpeed run without GPUs, where accelerate counts one process."""
+    """Have DeepSpeed and accelerate use the process group of a run without GPUs.
+
+    By itself accelerate counts one process there.
+    """
     # Another run in this process may have had another DeepSpeed configuration.
     AcceleratorState._reset_state()
     # It would be compiled for a minute, for a collective that training does not use.

@@ -9,8 +9,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,6 +24,7 @@ from secura_ds.adapter import fold, layer_statistics
 from secura_ds.environment import is_main_process
 from secura_ds.files import atomic_write_text
 from secura_ds.ranks import total
+from secura_ds.stopping import FROM_CLUSTER, handled
 from secura_ds.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ class StopRequested(Exception):
 
 
 class Signals:
-    """Remembers SIGINT and SIGTERM, so that training ends after the step with a checkpoint."""
+    """Remembers signals that ask for an end, so that training ends after the step with a checkpoint."""
+
+    KINDS = (signal.SIGINT, *FROM_CLUSTER)
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -51,19 +54,16 @@ class Signals:
             self.received = number
             logger.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self) -> AbstractContextManager[None]:
         """Inside the block signals are remembered instead of ending the process."""
-        try:
-            before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: signals are the caller's business
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handled(self.KINDS, self)
+
+    def agreed(self, device: torch.device, more: Sequence[float] = ()) -> tuple[int | None, list[float]]:
+        """The signal that all ranks end on, if any of them was sent one, and sums of `more`; collective."""
+        own = [float(self.received == number) for number in self.KINDS]
+        sums = total([*own, *more], device)
+        sent = [number for number, count in zip(self.KINDS, sums, strict=False) if count]
+        return next(iter(sent), None), sums[len(own) :]
 
 
 class Agreement(TrainerCallback):
@@ -95,16 +95,16 @@ class Agreement(TrainerCallback):
     ) -> None:
         """Sum up over the ranks, and stop all of them together."""
         trainer = self.trainer
-        own = [trainer.step_tokens, float(not math.isfinite(trainer.step_loss)), *self._signal()]
-        tokens, broken, interrupts, terminations = total(own, args.device)
+        own = [trainer.step_tokens, float(not math.isfinite(trainer.step_loss))]
+        sent, (tokens, broken) = self.signals.agreed(args.device, own)
         trainer.step_loss, trainer.step_tokens = 0.0, 0
         trainer.total_tokens += tokens
         trainer.total_seconds += time.perf_counter() - self._step_began
         self.not_finite = self.not_finite + 1 if broken else 0
         if self.not_finite >= PATIENCE:
             control.should_training_stop = True
-        elif interrupts or terminations:
-            self.stopped_by = signal.SIGINT if interrupts else signal.SIGTERM
+        elif sent is not None:
+            self.stopped_by = sent
             control.should_training_stop = control.should_save = True
         if self.not_finite:
             control.should_save = False
@@ -115,14 +115,10 @@ class Agreement(TrainerCallback):
 
     def stop_if_asked(self, device: torch.device) -> None:
         """Raise `StopRequested` on all ranks if one of them was sent a signal; collective."""
-        interrupts, terminations = total(self._signal(), device)
-        if interrupts or terminations:
-            self.stopped_by = signal.SIGINT if interrupts else signal.SIGTERM
+        sent, _ = self.signals.agreed(device)
+        if sent is not None:
+            self.stopped_by = sent
             raise StopRequested
-
-    def _signal(self) -> list[float]:
-        received = self.signals.received
-        return [float(received == signal.SIGINT), float(received == signal.SIGTERM)]
 
 
 class Folding(TrainerCallback):

@@ -2,13 +2,15 @@
 
 A run keeps `checkpoints/factors.safetensors`, the frozen C and R, once; each `checkpoints/step-000100/` has
 
-    trained.safetensors    trained parameters (fp32), U, and weights that M1 has folded
-    optimizer.safetensors  `<parameter>/<key>`
-    trainer_state.json     the Trainer's own state: step, epoch, log
-    state.json             the rest: schedule, counters, random numbers of every rank
-    manifest.json          size and SHA-256 of every other file
+    trained.safetensors          trained parameters (fp32) and U
+    optimizer.safetensors        `<parameter>/<key>`
+    folded-00001.safetensors ... weights that M1 has folded, up to a gigabyte a file
+    trainer_state.json           the Trainer's own state: step, epoch, log
+    state.json                   the rest: schedule, counters, random numbers of every rank
+    manifest.json                size and SHA-256 of every other file, and of the run's factors
 
-A checkpoint is written into another folder, the manifest last, and then renamed.
+A checkpoint is written into another folder, the manifest last, and then renamed. It counts if every file is
+as the manifest says; otherwise the one before it does.
 """
 
 from __future__ import annotations
@@ -16,31 +18,96 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from secura_ds.errors import UserError
-from secura_ds.files import atomic_folder, atomic_write_json, atomic_write_text, save_tensors
+from secura_ds.files import (
+    atomic_folder,
+    atomic_write_json,
+    atomic_write_text,
+    remove_folder,
+    save_tensors,
+)
 
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
+FACTORS = "factors.safetensors"
+REQUIRED = {"trained.safetensors", "optimizer.safetensors", TRAINER_STATE, "state.json"}
+FORMAT = 2
+
+Fingerprint = dict[str, Any]
+"""`{"bytes": ..., "sha256": ...}` of a file."""
 
 
 @dataclass
 class Checkpoint:
-    """Everything needed to go on from a step, in memory."""
+    """Everything needed to go on from a step, in memory, but for the weights that M1 has folded."""
 
     trained: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
     trainer_state: str
+
+
+class Draft:
+    """A checkpoint that is being written. Main process only.
+
+    Args:
+        checkpoints: the folder of all checkpoints of the run.
+        place: a folder beside them, not yet under the checkpoint's name.
+    """
+
+    def __init__(self, checkpoints: Path, place: Path) -> None:
+        self._checkpoints, self._place = checkpoints, place
+        self._files = 0
+
+    def add_folded(self, weights: Mapping[str, Tensor]) -> None:
+        """Write one more file of weights that M1 has folded, by the name of the weight in the model."""
+        self._files += 1
+        save_tensors(self._place / f"folded-{self._files:05d}.safetensors", weights)
+
+    def finish(self, checkpoint: Checkpoint, factors: Fingerprint | None) -> str:
+        """Write everything else, the manifest last.
+
+        Returns:
+            How large it is, in words.
+        """
+        save_tensors(self._place / "trained.safetensors", checkpoint.trained)
+        save_tensors(self._place / "optimizer.safetensors", checkpoint.optimizer)
+        atomic_write_json(self._place / "state.json", checkpoint.state)
+        atomic_write_text(self._place / TRAINER_STATE, checkpoint.trainer_state)
+        files = {path.name: fingerprint(path) for path in sorted(self._place.iterdir())}
+        manifest = {"format": FORMAT, "files": files, "factors": factors}
+        atomic_write_json(self._place / "manifest.json", manifest)
+        folded = sum(size["bytes"] for name, size in files.items() if name.startswith("folded-"))
+        rest = sum(size["bytes"] for size in files.values()) - folded
+        return f"{rest / 1e6:.1f} MB" + (f", and {folded / 1e6:.1f} MB of folded weights" if folded else "")
+
+
+@contextmanager
+def draft(checkpoints: Path, step: int, *, keep: int) -> Iterator[Draft]:
+    """A checkpoint that takes its name once the block has ended well, and all but `keep` older ones go.
+
+    A whole checkpoint of the same step, which a run writes that is interrupted just after it has saved,
+    stays as it is.
+
+    Raises:
+        UserError: the disk is full; the earlier checkpoints are as they were.
+    """
+    path = folder_of(checkpoints, step)
+    with atomic_folder(path, overwrite=True, replaces=lambda: damage_of(path) is not None) as place:
+        yield Draft(checkpoints, place)
+    for old in _newest_first(checkpoints)[keep:]:
+        remove_folder(old)
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -53,26 +120,6 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def write(checkpoints: Path, step: int, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write one checkpoint, then remove all but the newest `keep`. Main process only.
-
-    Raises:
-        UserError: the disk is full; the earlier checkpoints are as they were.
-    """
-    path = folder_of(checkpoints, step)
-    with atomic_folder(path, overwrite=True) as partial:
-        save_tensors(partial / "trained.safetensors", checkpoint.trained)
-        save_tensors(partial / "optimizer.safetensors", checkpoint.optimizer)
-        atomic_write_json(partial / "state.json", checkpoint.state)
-        atomic_write_text(partial / TRAINER_STATE, checkpoint.trainer_state)
-        atomic_write_json(
-            partial / "manifest.json", {p.name: _fingerprint(p) for p in sorted(partial.iterdir())}
-        )
-    for old in _newest_first(checkpoints)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return path
-
-
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint that `latest` found."""
     return Checkpoint(
@@ -81,6 +128,14 @@ def read(path: Path) -> Checkpoint:
         state=json.loads((path / "state.json").read_text(encoding="utf-8")),
         trainer_state=(path / TRAINER_STATE).read_text(encoding="utf-8"),
     )
+
+
+def read_folded(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights that M1 has folded, one after another, by the name of the weight in the model."""
+    for file in sorted(path.glob("folded-*.safetensors")):
+        with safe_open(str(file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
 
 
 def latest(checkpoints: Path) -> Path | None:
@@ -93,45 +148,89 @@ def latest(checkpoints: Path) -> Path | None:
     return None
 
 
+def drop_after(checkpoints: Path, step: int) -> None:
+    """Remove checkpoints of later steps than the one a run goes on from: damaged, they count no more."""
+    for path in _newest_first(checkpoints):
+        if step_of(path) > step:
+            remove_folder(path)
+
+
 def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if every file is whole."""
     try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = _manifest(path)
+    except (OSError, ValueError, TypeError, KeyError):
         return "no readable manifest.json"
-    for name, fingerprint in manifest.items():
+    if manifest["format"] != FORMAT:
+        return f"of format {manifest['format']}, where this version writes {FORMAT}"
+    files = manifest["files"]
+    for name in sorted(REQUIRED - files.keys()):
+        return f"its manifest lacks {name}"
+    for name, expected in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _fingerprint(path / name) != fingerprint:
+        if fingerprint(path / name) != expected:
             return f"{name} was changed or cut off"
     return None
 
 
-def write_factors(checkpoints: Path, factors: Mapping[str, Tensor]) -> None:
-    """Write the frozen factors of a run, which no checkpoint repeats. Main process only."""
-    if factors:
-        save_tensors(checkpoints / "factors.safetensors", factors)
+def factors_of(path: Path) -> Fingerprint | None:
+    """The fingerprint of the factors that a whole checkpoint belongs to; None for adapters that have none."""
+    factors: Fingerprint | None = _manifest(path)["factors"]
+    return factors
 
 
-def read_factors(checkpoints: Path) -> dict[str, Tensor]:
-    """The frozen factors of a run; empty for adapters that have none.
+def write_factors(checkpoints: Path, factors: Mapping[str, Tensor]) -> Fingerprint | None:
+    """Write the frozen factors of a run, which no checkpoint repeats. Main process only.
+
+    Returns:
+        What every checkpoint notes of them; None for adapters that have none.
+    """
+    if not factors:
+        return None
+    save_tensors(checkpoints / FACTORS, factors)
+    return fingerprint(checkpoints / FACTORS)
+
+
+def has_factors(checkpoints: Path, expected: Fingerprint | None) -> bool:
+    """Whether the factors that a checkpoint notes are there and whole; also where it notes none."""
+    path = checkpoints / FACTORS
+    return expected is None or (path.is_file() and fingerprint(path) == expected)
+
+
+def read_factors(checkpoints: Path, expected: Fingerprint | None) -> dict[str, Tensor]:
+    """The frozen factors of a run, which `has_factors` has found whole; empty for adapters that have none."""
+    return load_file(checkpoints / FACTORS) if expected is not None else {}
+
+
+def mend_factors(checkpoints: Path, factors: Mapping[str, Tensor], expected: Fingerprint) -> None:
+    """Write factors that were made anew in place of a damaged file. Main process only.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: they are not the ones that the run was started with.
     """
-    path = checkpoints / "factors.safetensors"
-    if not path.is_file():
-        return {}
-    try:
-        return load_file(path)
-    except Exception as error:
-        raise UserError(f"{path} is damaged ({error}): start the run anew with --overwrite") from error
+    if write_factors(checkpoints, factors) != expected:
+        raise UserError(
+            f"{checkpoints / FACTORS} is missing or damaged, and what was chosen anew differs from it "
+            "(another number of ranks or another machine rounds otherwise): copy the file back from "
+            "elsewhere, or start anew with --overwrite"
+        )
+
+
+def fingerprint(path: Path) -> Fingerprint:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """Format, files and factors; raises one of many errors if they cannot be read."""
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    found = {key: manifest[key] for key in ("format", "files", "factors")}
+    if not isinstance(found["files"], dict) or not isinstance(found["factors"], dict | None):
+        raise TypeError
+    return found
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
     return sorted((p for p in checkpoints.glob("step-*") if p.name[5:].isdigit()), key=step_of, reverse=True)
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

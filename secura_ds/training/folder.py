@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secura_ds.errors import UserError
+from secura_ds.files import remove_left_overs
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,8 @@ def claim(folder: Path, *, overwrite: bool) -> None:
         remove_run(folder)
     (folder / "run.json").unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    for left_over in [*folder.glob(".*.partial"), *folder.glob("checkpoints/.*.partial")]:
-        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+    remove_left_overs(folder)
+    remove_left_overs(folder / "checkpoints")
 
 
 def describe(folder: Path) -> str | None:

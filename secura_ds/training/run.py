@@ -45,6 +45,7 @@ from secura_ds.training.callbacks import (
     peak_memory,
 )
 from secura_ds.training.export import export, require_exportable, require_names
+from secura_ds.training.meeting import connect
 from secura_ds.training.memory import check_memory
 from secura_ds.training.model import build_model, describe_adapter, frozen_factors, trainable
 from secura_ds.training.trainer import Trainer
@@ -86,6 +87,8 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
     preflight.check_machine(recipe)
     folder = Path(recipe.training.output_dir).absolute()
     settings = preflight.deepspeed_settings(recipe)
+    if settings is not None:
+        connect()
     arguments = make_arguments(recipe, folder, settings)
     with watching():
         return _train(recipe, folder, settings, arguments, began, resume=resume, overwrite=overwrite)
@@ -120,20 +123,19 @@ def _train(
     with signals.watched():
         _run(trainer, found)
         merged = _finish(trainer, folder, base, agreement) if _status(agreement) == "finished" else None
-    status = _status(agreement)
-    summary = RunSummary(
-        status=status,
-        steps=trainer.state.global_step,
-        seconds=time.perf_counter() - began,
-        peak_memory_bytes=peak_memory(),
-        planned_memory_bytes=planned.needed_bytes if planned is not None else None,
-        trainable_parameters=_count(trainer.model),
-        tokens=int(trainer.total_tokens),
-        signal=agreement.stopped_by,
-        merged=merged,
-    )
-    on_main(lambda: atomic_write_json(folder / "run.json", asdict(summary)))
-    if status == "stopped":
+        summary = RunSummary(
+            status=_status(agreement),
+            steps=trainer.state.global_step,
+            seconds=time.perf_counter() - began,
+            peak_memory_bytes=peak_memory(),
+            planned_memory_bytes=planned.needed_bytes if planned is not None else None,
+            trainable_parameters=_count(trainer.model),
+            tokens=int(trainer.total_tokens),
+            signal=agreement.stopped_by,
+            merged=merged,
+        )
+        on_main(lambda: atomic_write_json(folder / "run.json", asdict(summary)))
+    if summary.status == "stopped":
         raise UserError(_not_finite(trainer, recipe))
     return summary
 
@@ -169,6 +171,7 @@ def _open_folder(
     """Claim the output folder, and write down what is run and the text that it was calibrated on."""
     folders.claim(folder, overwrite=overwrite)
     step = files.step_of(found) if found is not None else 0
+    files.drop_after(folder / "checkpoints", step)
     for name in ("metrics.jsonl", "statistics.jsonl"):
         cut_log(folder / name, step)
     atomic_write_json(folder / "recipe.resolved.json", recipe.resolved())
@@ -191,16 +194,20 @@ def _make_trainer(
 ) -> Trainer:
     """Build the model, open the folder and put both into a Trainer that goes on from `found`."""
     checkpoints = folder / "checkpoints"
-    resumed = files.read(found) if found is not None else None
+    resumed = (found, files.read(found)) if found is not None else None
+    expected = files.factors_of(found) if found is not None else None
+    whole = on_main(lambda: _factors_are_whole(checkpoints, expected))
     calibrations: list[Calibration] = []
     model, tokenizer = build_model(
         recipe,
         device=arguments.device,
         sharded=settings is not None,
         on_calibration=calibrations.append,
-        factors=files.read_factors(checkpoints) if resumed is not None else None,
+        factors=files.read_factors(checkpoints, expected) if resumed is not None and whole else None,
     )
     logger.info("%s", describe_adapter(model, recipe))
+    if not whole and expected is not None:
+        on_main(lambda: files.mend_factors(checkpoints, frozen_factors(model), expected))
     if base is not None:
         on_main(lambda: require_names(model, base))
     # Only now is an earlier run deleted: what the recipe asks for fits the backbone.
@@ -217,10 +224,19 @@ def _make_trainer(
         resumed=resumed,
     )
     if resumed is None:
-        on_main(lambda: files.write_factors(checkpoints, frozen_factors(model)))
+        trainer.factors = on_main(lambda: files.write_factors(checkpoints, frozen_factors(model)))
     else:
-        states.check_batch(resumed.state, trainer.batch_over_all_ranks, recipe.training.micro_batch_size)
+        state = resumed[1].state
+        states.check_batch(state, trainer.batch_over_all_ranks, recipe.training.micro_batch_size)
+        trainer.factors = expected
     return trainer
+
+
+def _factors_are_whole(checkpoints: Path, expected: files.Fingerprint | None) -> bool:
+    if files.has_factors(checkpoints, expected):
+        return True
+    logger.warning("%s is missing or damaged: choosing its contents anew", checkpoints / files.FACTORS)
+    return False
 
 
 def _add_callbacks(trainer: Trainer, recipe: Recipe, folder: Path, signals: Signals) -> Agreement:

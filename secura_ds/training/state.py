@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,29 +48,47 @@ def capture(trainer: Trainer) -> Checkpoint:
             "saved, so the earlier checkpoint stays: try a lower training.learning_rate"
         )
     trained.update((n, u.detach().to("cpu", copy=True)) for n, u in accumulators(model).items() if u.any())
-    folded = _folded(model)
-    if folded:
-        trained.update(
-            (f"{name}.base_layer.weight", sharding.whole(w, keep=main))
-            for name, w in _base_weights(model).items()
-        )
     tensors, numbers = sharding.optimizer_state(_inner(trainer.optimizer), parameters, keep=main)
     state = {
         "format": 1,
         "step": trainer.state.global_step,
         "world_size": world_size(),
         "batch": trainer.batch_over_all_ranks,
-        "folded": folded,
+        "folded": _folded(model),
         "optimizer_numbers": numbers,
         "schedule_steps": trainer.lr_scheduler.last_epoch,
+        "loss_scale": loss_scale(trainer),
         "counters": trainer.counters(),
         "ranks": from_all({"random": random_state(), "loss": trainer.unlogged_loss()}),
     }
     return Checkpoint(trained, tensors, state, trainer.state_json())
 
 
-def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint into a prepared trainer: parameters, optimizer, schedule, counters. Collective."""
+def folded_weights(model: PeftModel, most: int = 10**9) -> Iterator[dict[str, Tensor]]:
+    """The weights that M1 has folded, gathered one at a time, up to `most` bytes together. Collective.
+
+    Only the main process is given them; the other ranks take part.
+    """
+    part: dict[str, Tensor] = {}
+    for name, weight in _base_weights(model).items() if _folded(model) else ():
+        size = sharding.full_shape(weight).numel() * weight.element_size()
+        if part and size + sum(value.nbytes for value in part.values()) > most:
+            yield part
+            part = {}
+        part[name] = sharding.whole(weight, keep=is_main_process())
+    if part:
+        yield part
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint, folded: Iterable[tuple[str, Tensor]]) -> None:
+    """Put a checkpoint into a prepared trainer: parameters, optimizer, schedule, counters. Collective.
+
+    Args:
+        folded: the weights that M1 has folded, read one after another.
+
+    Raises:
+        UserError: the checkpoint belongs to another adapter or backbone.
+    """
     model, state = trainer.model, checkpoint.state
     parameters = trainable(model)
     missing = [name for name in parameters if name not in checkpoint.trained]
@@ -82,14 +101,24 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
     for name, U in accumulators(model).items():
         U.copy_(checkpoint.trained.get(name, torch.zeros_like(U)))
     if state["folded"]:
-        for name, weight in _base_weights(model).items():
-            sharding.set_parameter(weight, checkpoint.trained[f"{name}.base_layer.weight"])
-        model.peft_config["default"].folded = True
+        _restore_folded(model, folded)
     for layer in secura_layers(model).values():
         layer.forget()
     optimizer = _inner(trainer.optimizer)
     sharding.load_optimizer_state(optimizer, parameters, checkpoint.optimizer, state["optimizer_numbers"])
     _move_schedule(trainer.lr_scheduler, state["schedule_steps"])
+    _restore_loss_scale(trainer, state["loss_scale"])
+
+
+def _restore_folded(model: PeftModel, folded: Iterable[tuple[str, Tensor]]) -> None:
+    weights = _base_weights(model)
+    for name, value in folded:
+        if name not in weights:
+            raise UserError(f"the checkpoint's folded weight {name} is not adapted here: use --overwrite")
+        sharding.set_parameter(weights.pop(name), value)
+    if weights:
+        raise UserError(f"the checkpoint lacks the folded weight {next(iter(weights))}: use --overwrite")
+    model.peft_config["default"].folded = True
 
 
 def own_part(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -139,6 +168,32 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.random.set_rng_state(_decode(state["torch"]))
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([_decode(s) for s in state["cuda"]])
+
+
+def loss_scale(trainer: Trainer) -> dict[str, Any] | None:
+    """What scales float16 losses, and its counters, as JSON-able numbers; None for other dtypes."""
+    scaler = _scaler(trainer)
+    if scaler is None:
+        return None
+    state = scaler.state_dict() if isinstance(scaler, torch.amp.GradScaler) else vars(scaler)
+    return {key: value for key, value in state.items() if isinstance(value, bool | int | float)}
+
+
+def _restore_loss_scale(trainer: Trainer, state: dict[str, Any] | None) -> None:
+    scaler = _scaler(trainer)
+    if scaler is None or state is None:
+        return
+    if isinstance(scaler, torch.amp.GradScaler):
+        scaler.load_state_dict(state)
+    else:
+        vars(scaler).update(state)
+
+
+def _scaler(trainer: Trainer) -> Any:
+    """DeepSpeed's own loss scaler, or accelerate's; None where losses are not scaled."""
+    if trainer.args.fp16:
+        return getattr(_inner(trainer.optimizer), "loss_scaler", None) or trainer.accelerator.scaler
+    return None
 
 
 def _encode(state: Tensor) -> str:

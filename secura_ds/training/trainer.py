@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ class Trainer(SFTTrainer):
         checkpoints: folder of the run's checkpoints.
         keep: how many of them stay.
         reentrant: kind of activation checkpointing.
-        resumed: the checkpoint to go on from.
+        resumed: the checkpoint to go on from, and its folder.
     """
 
     def __init__(
@@ -51,9 +53,12 @@ class Trainer(SFTTrainer):
         checkpoints: Path,
         keep: int,
         reentrant: bool,
-        resumed: Checkpoint | None = None,
+        resumed: tuple[Path, Checkpoint] | None = None,
     ) -> None:
-        self.checkpoints, self.keep, self.resumed = checkpoints, keep, resumed
+        self.checkpoints, self.keep = checkpoints, keep
+        self.resumed_from = resumed[0] if resumed is not None else None
+        self.resumed = resumed[1] if resumed is not None else None
+        self.factors: files.Fingerprint | None = None
         self.sampler: BatchRebalanceSampler | None = None
         self.step_loss, self.step_tokens = 0.0, 0
         self.total_tokens, self.total_seconds = 0.0, 0.0
@@ -132,10 +137,15 @@ class Trainer(SFTTrainer):
     # Checkpoints.
 
     def _save_checkpoint(self, model: nn.Module | None = None, trial: Any = None) -> None:
-        snapshot = states.capture(self)
-        step = self.state.global_step
-        path = on_main(lambda: files.write(self.checkpoints, step, snapshot, keep=self.keep))
-        logger.info("saved %s", path)
+        snapshot, step = states.capture(self), self.state.global_step
+        with ExitStack() as stack:
+            opened = files.draft(self.checkpoints, step, keep=self.keep)
+            draft = on_main(lambda: stack.enter_context(opened))
+            for weights in states.folded_weights(self.model):
+                on_main(partial(draft.add_folded, weights))
+            size = on_main(lambda: draft.finish(snapshot, self.factors))
+            on_main(stack.close)
+        logger.info("saved %s: %s", files.folder_of(self.checkpoints, step), size)
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
@@ -143,8 +153,8 @@ class Trainer(SFTTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             sharding.assert_partitioned(self.model)
-        if self.resumed is not None:
-            states.restore(self, self.resumed)
+        if self.resumed is not None and self.resumed_from is not None:
+            states.restore(self, self.resumed, files.read_folded(self.resumed_from))
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -27,6 +27,7 @@ from torch.distributed import PrefixStore, TCPStore
 from secura_ds import environment
 from secura_ds.errors import RankError, UserError, first_line
 from secura_ds.ranks import distributed
+from secura_ds.stopping import Interrupted, exit_status
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,14 @@ ARRIVAL = 300.0  # seconds in which all ranks must have begun
 HEARING = 10.0  # seconds in which the reason for a failed collective may still arrive
 
 _RUNS = itertools.count()
+
+
+class Failure(NamedTuple):
+    """The first rank that failed or died, what became of it, and what the others exit with."""
+
+    rank: int
+    reason: str
+    status: int = 2
 
 
 class Watch(threading.Thread):
@@ -53,7 +62,7 @@ class Watch(threading.Thread):
         self._lock = threading.Lock()
         self._beats = 0
         self._store_is_gone = False
-        self._first: tuple[int, str] | None = None
+        self._first: Failure | None = None
         self._told: dict[int, tuple[dict[str, Any], float]] = {}
         self._store_answered = time.monotonic()
         self._say(state="runs")
@@ -71,12 +80,11 @@ class Watch(threading.Thread):
             # The main thread may be about to say the same; inside a hanging collective it never will.
             if self._ended.wait(HEARING / 2):
                 return
-            failed, reason = first
-            if self.speaks(failed):
-                print(f"\nerror: {reason}", file=sys.stderr, flush=True)  # below the progress line
-            os._exit(1)
+            if self.speaks(first.rank):
+                print(f"\nerror: {first.reason}", file=sys.stderr, flush=True)  # below the progress line
+            os._exit(first.status)
 
-    def failed_elsewhere(self) -> tuple[int, str] | None:
+    def failed_elsewhere(self) -> Failure | None:
         """The first other rank that failed or died, and what became of it; None while all are well."""
         with self._lock:
             if self._first is not None:
@@ -87,19 +95,20 @@ class Watch(threading.Thread):
                 self._beats += 1
                 self._say(state="runs")
                 if self._store.check(["first"]):
-                    failure = json.loads(self._store.get("first"))
-                    if failure["rank"] != self.rank:
-                        self._first = failure["rank"], failure["reason"]
+                    failure = Failure(**json.loads(self._store.get("first")))
+                    if failure.rank != self.rank:
+                        self._first = failure
                     return self._first
                 self._listen()
                 self._store_answered = time.monotonic()
             except Exception:  # torch raises several kinds when the store is gone
                 self._store_is_gone = True
                 if time.monotonic() - self._store_answered > STORE_PATIENCE:
-                    return 0, "rank 0 no longer answers: see its last lines above, or those of the launcher"
+                    reason = "rank 0 no longer answers: see its last lines above, or those of the launcher"
+                    return Failure(0, reason)
         return next((dead for rank in self._told if (dead := self._death_of(rank)) is not None), None)
 
-    def wait_for_reason(self) -> tuple[int, str] | None:
+    def wait_for_reason(self) -> Failure | None:
         """As `failed_elsewhere`, for a rank whose collective has just failed: it may be known soon."""
         until = time.monotonic() + HEARING
         while True:
@@ -112,11 +121,11 @@ class Watch(threading.Thread):
         """True on the one rank that tells the user that rank `failed` is gone."""
         return self.rank == min({0, 1} - {failed})
 
-    def report(self, reason: str) -> None:
-        """Tell the others that this rank fails; the first report counts."""
+    def report(self, reason: str, status: int = 2) -> None:
+        """Tell the others that this rank fails, and what to exit with; the first report counts."""
         with self._lock, suppress(Exception):
-            failure = json.dumps({"rank": self.rank, "reason": reason})
-            self._store.compare_set("first", "", failure)
+            failure = Failure(self.rank, reason, status)
+            self._store.compare_set("first", "", json.dumps(failure._asdict()))
 
     def end(self) -> None:
         """This rank has nothing left to do with the others."""
@@ -136,7 +145,7 @@ class Watch(threading.Thread):
                 if told != self._told.get(rank, (None,))[0]:
                     self._told[rank] = told, time.monotonic()
 
-    def _death_of(self, rank: int) -> tuple[int, str] | None:
+    def _death_of(self, rank: int) -> Failure | None:
         told, since = self._told[rank]
         if told["state"] == "ended":
             return None
@@ -147,7 +156,7 @@ class Watch(threading.Thread):
             how = f"has not answered for {PATIENCE:.0f} s: look at that machine"
         else:
             return None
-        return rank, f"{place} {how}; --resume goes on from the last checkpoint"
+        return Failure(rank, f"{place} {how}; --resume goes on from the last checkpoint")
 
 
 @contextmanager
@@ -164,10 +173,14 @@ def watching() -> Iterator[None]:
     watch.start()
     try:
         yield
+    except Interrupted as interrupt:
+        reason = f"rank {watch.rank} was ended by {interrupt} before training began"
+        watch.report(reason, exit_status(interrupt.number))
+        raise
     except Exception as error:
         first = watch.wait_for_reason() if _of_a_collective(error) else None
         if first is not None:
-            raise RankError(first[1], loud=watch.speaks(first[0])) from error
+            raise RankError(first.reason, loud=watch.speaks(first.rank), status=first.status) from error
         if isinstance(error, UserError):
             watch.report(str(error))
         else:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,13 +32,6 @@ def command() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def _signals_restored() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 def make_base(folder: Path, dtype: torch.dtype, **changes: Any) -> Path:
@@ -165,9 +157,11 @@ def test_a_4_bit_lora_is_merged_onto_what_training_saw(
     assert gaps["trained"] < gaps["original"] / 5, gaps
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+)
 def test_a_signal_leaves_only_the_partial_folder_and_a_rerun_finishes(
-    command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    command: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
     base = make_base(tmp_path / "base", torch.float32)
     train(base, tmp_path / "adapter")
@@ -183,7 +177,7 @@ def test_a_signal_leaves_only_the_partial_folder_and_a_rerun_finishes(
     write_edited = work_module._write_edited
     with monkeypatch.context() as patch:
         patch.setattr(work_module, "_write_edited", interrupt_at_third)
-        assert run(command, *arguments) == 130
+        assert run(command, *arguments) == status
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out.partial"]
     assert run(command, *arguments) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]

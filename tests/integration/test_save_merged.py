@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from launch.train import main
 from secura_ds.errors import run_command
 from secura_ds.merge import work as work_module
+from secura_ds.stopping import REQUEUE
 from secura_ds.training import callbacks
 
 Run = Callable[..., int]
@@ -71,7 +72,7 @@ def test_a_signal_in_the_export_is_finished_by_resume(
 
     with monkeypatch.context() as patch:
         patch.setattr(work_module, "_write_edited", signalling)
-        assert run("cut") == 143
+        assert run("cut") == REQUEUE
         assert "interrupted" in capsys.readouterr().out
         assert json.loads(Path("cut/run.json").read_text())["status"] == "interrupted"
         assert Path("cut/merged.partial").is_dir() and not Path("cut/merged").exists()

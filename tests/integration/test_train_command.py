@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.train import main
 from secura_ds.errors import run_command
+from secura_ds.stopping import REQUEUE
 from secura_ds.training import callbacks
 
 Run = Callable[..., int]
@@ -164,7 +165,9 @@ def test_a_resumed_run_is_the_same_run(run: Run, options: list[str]) -> None:
         assert (resumed / name).read_bytes() == (before / name).read_bytes()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE)]
+)
 def test_a_signal_ends_with_a_checkpoint(
     run: Run, monkeypatch: pytest.MonkeyPatch, number: int, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,7 +184,7 @@ def test_a_signal_ends_with_a_checkpoint(
 
 def test_a_signal_is_heard_inside_an_evaluation(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     signal_at(3, signal.SIGTERM, monkeypatch, method="on_prediction_step")
-    assert run("run", "data.validation_fraction=0.2", "training.eval_steps=3") == 143
+    assert run("run", "data.validation_fraction=0.2", "training.eval_steps=3") == REQUEUE
     assert Path("run/checkpoints/step-000003").is_dir()
 
 

@@ -141,7 +141,7 @@ def test_ctrl_c_ends_the_command_and_its_workers(base: Path, adapter: Path, tmp_
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert output == "" and errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
+    assert output == "" and errors.splitlines()[-1] == "interrupted by SIGINT" and "Traceback" not in errors
     while alive_in(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.1)
