@@ -25,7 +25,8 @@ compare: quickstart  ## the same with plain LoRA at as many trained parameters, 
 	$(CPU) python launch/evaluate.py $(RECIPE) $(LORA) --model $(RUN)-lora/merged --out $(RUN)-lora/evaluation.after.json
 	python launch/report.py $(RUN) $(RUN)-lora --out runs/comparison.html
 
-test: setup  ## every test (15 minutes on 2 cores)
+test: setup  ## every test (15 minutes on 2 cores); as root on Debian with a Slurm of its own
+	sh docker/slurm-packages
 	$(CPU) python -m pytest
 
 setup: .venv/.ready  ## make .venv with the pinned versions

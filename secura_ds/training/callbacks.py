@@ -204,7 +204,8 @@ class Log(TrainerCallback):
         }
         append_line(self.path, line)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, {speed:.0f} tokens/s, {memory / 1e9:.1f} GB")
+            numbers = f"loss {logs['loss']:.4f}, {speed:.0f} tokens/s, {memory / 1e9:.1f} GB"
+            self.bar.set_postfix_str(numbers, refresh=sys.stderr.isatty())
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Close the progress line."""
