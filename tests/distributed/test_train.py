@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from training_toys import adapter, command, lines, losses, quiet_environment, write_toy
+from training_toys import adapter, command, launch, lines, losses, quiet_environment, write_toy
 from transformers import AutoModelForCausalLM
 
 from secura_ds.recipe import load_recipe
@@ -132,21 +133,50 @@ def test_a_resumed_run_is_the_same_run(toy: Path, two_ranks: dict[str, object], 
         ).read_bytes()
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(
-    toy: Path, two_ranks: dict[str, object], one_process: Path
-) -> None:
+def moved(toy: Path, name: str, to: str) -> Path:
+    """A copy of a finished run as it was after its step 4."""
+    copy = toy.parent / to
+    shutil.copytree(
+        toy.parent / name, copy, ignore=shutil.ignore_patterns("adapter", "step-000007", "run.json")
+    )
+    return copy
+
+
+def test_a_run_goes_on_in_one_process(toy: Path, two_ranks: dict[str, object], one_process: Path) -> None:
     """Two ranks of 2 examples until step 4, then one process that gathers 2 passes of 2."""
-    folder = toy.parent / "zero3"
-    moved = toy.parent / "moved"
-    moved.mkdir()
-    for name in ("recipe.resolved.json", "metrics.jsonl"):
-        (moved / name).write_bytes((folder / name).read_bytes())
-    (moved / "checkpoints").mkdir()
-    os.link(folder / "checkpoints/factors.safetensors", moved / "checkpoints/factors.safetensors")
-    (folder / "checkpoints/step-000004").rename(moved / "checkpoints/step-000004")
-    train(load_recipe(toy, [f"training.output_dir={moved}"]), resume=True)
-    assert losses(moved) == pytest.approx(losses(one_process / "plain"), rel=2e-5)
-    assert [line["step"] for line in lines(moved / "metrics.jsonl")] == list(range(1, 8))
+    run = moved(toy, "zero3", "moved")
+    train(load_recipe(toy, [f"training.output_dir={run}"]), resume=True)
+    assert losses(run) == pytest.approx(losses(one_process / "plain"), rel=2e-5)
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, 8))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "options"),
+    [
+        (3, "M1-twelve", ["adapter.strategy=M1", "training.gradient_accumulation_steps=2"]),
+        (4, "zero3", ["training.micro_batch_size=1", "training.gradient_accumulation_steps=1"]),
+    ],
+)
+def test_a_run_goes_on_with_more_ranks(
+    toy: Path, two_ranks: dict[str, object], ranks: int, name: str, options: list[str]
+) -> None:
+    """The steps take the same examples; weights that M1 had folded come from the checkpoint, too."""
+    run = moved(toy, name, f"{name}-{ranks}")
+    options = [f"training.output_dir={run}", "training.deepspeed=zero3.json", *options]
+    done = launch(toy, *[f"--set={option}" for option in options], "--resume", ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(run) == pytest.approx(losses(toy.parent / name), rel=2e-5)
+    expected = adapter(toy.parent / name)
+    for key, value in adapter(run).items():
+        assert torch.allclose(value.float(), expected[key].float(), rtol=1e-3, atol=1e-4), key
+
+
+def test_folded_weights_have_files_of_their_own(toy: Path, two_ranks: dict[str, object]) -> None:
+    checkpoint = toy.parent / "M1/checkpoints/step-000004"
+    folded = load_file(checkpoint / "folded-00001.safetensors")
+    assert len(folded) == 4 and all(name.endswith("_proj") for name in folded)
+    assert not any("base_layer" in name for name in load_file(checkpoint / "trained.safetensors"))
+    assert not list((toy.parent / "zero3/checkpoints/step-000004").glob("folded-*"))
 
 
 def test_one_rank_that_is_told_to_stop_stops_both(toy: Path, two_ranks: dict[str, object]) -> None:

@@ -26,6 +26,7 @@ CASES: dict[str, list[str]] = {
     "zero2": ["training.deepspeed=zero2.json"],
     "forward": ["adapter.smagnorm.apply=forward"],
     "M1": ["adapter.strategy=M1"],
+    "M1-twelve": ["adapter.strategy=M1", "training.gradient_accumulation_steps=3"],
     "lora": [LORA],
     "bf16": ["backbone.dtype=bfloat16"],
     "nf4": ["backbone.dtype=bfloat16", "backbone.quantization.kind=nf4"],
@@ -44,7 +45,12 @@ CASES: dict[str, list[str]] = {
 CONFIGURATIONS = sorted((Path(__file__).resolve().parents[2] / "recipes" / "deepspeed").glob("*.json"))
 CASES |= {f"shipped {path.stem}": [f"training.deepspeed={path}"] for path in CONFIGURATIONS}
 RESUMED = ("zero3", "zero2", "M1", "bf16")
-COMMON = ["training.deepspeed=zero3.json", "training.gradient_accumulation_steps=1", "training.save_steps=4"]
+COMMON = [
+    "training.deepspeed=zero3.json",
+    "training.gradient_accumulation_steps=1",
+    "training.save_steps=4",
+    "training.save_total_limit=3",
+]
 
 
 def main() -> None:

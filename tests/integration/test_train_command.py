@@ -234,6 +234,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert json.loads(Path("run/run.json").read_text())["status"] == "stopped"
 
 
+@pytest.mark.parametrize("selection", ["least", "calibrated"])
+def test_damaged_factors_are_chosen_anew_and_must_be_the_same(
+    run: Run, selection: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ["training.save_steps=4", f"adapter.selection={selection}"]
+    options += ["adapter.calibration.num_tokens=320"] if selection == "calibrated" else []
+    assert run("whole", *options) == 0
+    shutil.copytree("whole", "cut")
+    shutil.rmtree("cut/checkpoints/step-000007")
+    factors = Path("cut/checkpoints/factors.safetensors")
+    content = factors.read_bytes()
+    factors.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert run("cut", *options, "--resume") == 0
+    assert "factors.safetensors is missing or damaged: choosing its contents anew" in caplog.text
+    assert factors.read_bytes() == content
+    assert losses(Path("cut")) == losses(Path("whole"))
+
+
 def test_a_full_disk_keeps_the_earlier_checkpoint(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
