@@ -1,12 +1,12 @@
 """Kill a run at random moments, damage its checkpoints, and see whether anything is lost.
 
 One run of a small model is killed by SIGKILL again and again: in training steps, while it saves, while it
-folds, while it writes the merged checkpoint; so are another on two ranks under ZeRO-3, and offline merges. Each
-time it goes on with --resume. Then copies of a run's checkpoints are damaged, one way or another, and resumed.
+folds, while it writes the merged checkpoint; so are another on two ranks under ZeRO-3, and offline merges.
+Each time it goes on with --resume. Then copies of a run's checkpoints are damaged and resumed.
 
-What counts: every checkpoint that a run said it had saved can be read after the kill; adapter, merged weights,
-last checkpoint and all losses equal those of a run that nobody touched, bit for bit; every damage is noticed;
-nothing ends in a traceback or hangs.
+What counts: every checkpoint that a run said it had saved can be read after the kill; adapter, merged
+weights, last checkpoint and all losses equal those of a run that nobody touched, bit for bit; every damage
+is noticed; nothing ends in a traceback or hangs.
 
     python benchmarks/chaos.py            336 kills, 1,000 damaged checkpoints
     python benchmarks/chaos.py --quick    84 and 200, in under ten minutes on two cores

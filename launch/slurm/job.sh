@@ -1,5 +1,5 @@
 # Sourced by the job scripts here: one launcher a node through srun, and the job's way back into the queue.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2153 # the job scripts set PYTHON and the other variables
 
 REQUEUE=75 # what a command exits with that a cluster's signal ended, everything saved
 SECURA_NODES="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd' ')"
