@@ -6,7 +6,6 @@ Plain reads keep memory honest: a mapped file counts as memory of the process, a
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import struct
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from pathlib import Path
 import torch
 
 from secura_ds.errors import UserError
+from secura_ds.files import parse_json
 
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
@@ -82,7 +83,7 @@ class TensorFile:
     @property
     def metadata(self) -> dict[str, str]:
         """The free entries of the header."""
-        return dict(json.loads(self.header[8:]).get("__metadata__") or {})
+        return dict(parse_json(self.header[8:]).get("__metadata__") or {})
 
     def fingerprint(self) -> list[object]:
         """Size, time of change and header hash: enough to notice that the file was replaced."""
@@ -139,7 +140,7 @@ def open_tensor_file(path: Path) -> TensorFile:
 
 
 def _parse(path: Path, header: bytes) -> tuple[StoredTensor, ...]:
-    entries = json.loads(header[8:])
+    entries = parse_json(header[8:])
     tensors = []
     for name, entry in entries.items():
         if name == "__metadata__":
@@ -151,6 +152,22 @@ def _parse(path: Path, header: bytes) -> tuple[StoredTensor, ...]:
             raise ValueError(f"{name}: shape {list(shape)} does not fill its bytes")
         tensors.append(StoredTensor(name, path, entry["dtype"], shape, start, stop))
     return tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)))
+
+
+def refuse_unsafe(folder: Path) -> None:
+    """Refuse a model folder that could make its reader run code or read files elsewhere.
+
+    Raises:
+        UserError: its weights are pickles only, or its index places weights outside of it.
+    """
+    if (folder / INDEX_NAME).is_file():
+        _open_indexed(folder, folder / INDEX_NAME)
+    pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} has its weights in {pickles[0]}, a pickle, which can run any code when it is read: "
+            "get the checkpoint as safetensors"
+        )
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -176,9 +193,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _open_indexed(folder: Path, index: Path) -> Checkpoint:
     try:
-        weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        weight_map: dict[str, str] = dict(parse_json(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{index} is not a safetensors index ({error}); copy it again") from error
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            raise UserError(
+                f"{index} places weights in {name!r}, which is no file beside it: do not use this "
+                "checkpoint, or fetch it again from where it was published"
+            )
     files = tuple(open_tensor_file(folder / name) for name in sorted(set(weight_map.values())))
     tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
     for name, file_name in weight_map.items():

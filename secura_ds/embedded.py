@@ -149,6 +149,7 @@ def _whole_weights() -> Iterator[None]:
 def _read_model(source: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
         source.parent,
+        trust_remote_code=False,
         gguf_file=source.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
@@ -158,7 +159,7 @@ def _read_model(source: Path) -> PreTrainedModel:
 
 
 def _read_tokenizer(source: Path, embedded: EmbeddedModel) -> PreTrainedTokenizerFast:
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, trust_remote_code=False, gguf_file=source.name)
     # GGUF keeps only the name of the pre-tokenizer ("smollm": each digit on its own, then byte-level words);
     # without the first part, blanks and line ends before a number would be cut differently from training.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

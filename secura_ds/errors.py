@@ -40,12 +40,17 @@ def run_command(main: Callable[[Sequence[str] | None], int], arguments: Sequence
         if not (error.loud if isinstance(error, RankError) else is_main_process()):
             # Nearly always the main rank has met the same error, and the launcher ends the others with it.
             time.sleep(SILENCE)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         return error.status if isinstance(error, RankError) else 2
     except KeyboardInterrupt as interrupt:
         number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
         print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr, flush=True)
         return exit_status(number)
+
+
+def printable(text: str) -> str:
+    """A message as a terminal can show it: what a user gave may hold control characters and half letters."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -160,6 +160,24 @@ def save_tensors(
             raise UserError(f"{path}: the written file lacks or misshapes {wrong}; nothing was kept")
 
 
+def parse_json(text: str | bytes, **hooks: Callable[..., Any]) -> Any:
+    """`json.loads`, with its one kind of error for all that a file can hold.
+
+    Raises:
+        json.JSONDecodeError: it is no JSON, or nested deeper or with longer numbers than Python reads.
+    """
+    try:
+        return json.loads(text, **hooks)  # type: ignore[arg-type]
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except RecursionError as error:
+        raise json.JSONDecodeError("nested too deeply", "", 0) from error
+    except ValueError as error:
+        if "digits" not in str(error):
+            raise
+        raise json.JSONDecodeError("a number of too many digits", "", 0) from error
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; empty lines are skipped.
 
@@ -184,7 +202,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _parse_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); mend that line"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -96,8 +97,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put the adapter saved in `folder`, of any PEFT method, onto `model`.
 
     Raises:
-        UserError: the file is damaged, or the adapter was made for another model.
+        UserError: there are no safetensors, the file is damaged, or the adapter was made for another model.
     """
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise UserError(
+            f"the adapter {folder} has no {SAFETENSORS_WEIGHTS_NAME}; other kinds of files can run code when "
+            "they are read: save it with save_pretrained"
+        )
     try:
         return PeftModel.from_pretrained(model, str(folder))
     except (SafetensorError, RuntimeError) as error:  # a truncated file; another model's shapes

@@ -31,7 +31,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from secura_ds.backbones.family import choose_attention, choose_pad_token
 from secura_ds.backbones.shipped import shipped_config
-from secura_ds.checkpoint_files import StoredTensor, open_checkpoint
+from secura_ds.checkpoint_files import StoredTensor, open_checkpoint, refuse_unsafe
 from secura_ds.embedded import embedded_checkpoint
 from secura_ds.environment import is_main_process
 from secura_ds.errors import UserError, first_line
@@ -87,7 +87,10 @@ def load_config(backbone: BackboneRecipe) -> PreTrainedConfig:
     refusal = _hub_refusal(backbone) if shipped is not None else None
     try:
         return AutoConfig.from_pretrained(
-            source, revision=backbone.revision, local_files_only=refusal is not None
+            source,
+            revision=backbone.revision,
+            local_files_only=refusal is not None,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         if refusal is None:
@@ -119,7 +122,9 @@ def load_tokenizer(backbone: BackboneRecipe) -> PreTrainedTokenizerBase:
         UserError: there is no such tokenizer, or no token is left for padding.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint_of(backbone), revision=backbone.revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint_of(backbone), revision=backbone.revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise _cannot_load(backbone, error) from error
     choose_pad_token(tokenizer, load_config(backbone))
@@ -139,6 +144,15 @@ def load_model(backbone: BackboneRecipe, *, attention: str | None = None) -> Pre
         UserError: no such model or no access, damaged or incomplete weights, or an unusable attention kernel.
     """
     config = load_config(backbone)
+    source = Path(checkpoint_of(backbone))
+    if source.is_dir():
+        refuse_unsafe(source)
+    if getattr(config, "auto_map", None):
+        logger.warning(
+            "%s brings code of its own (auto_map in config.json), which is not run: transformers' %s is used",
+            backbone.model,
+            config.model_type,
+        )
     kernel, reason = choose_attention(config, attention or backbone.attention, dtype=backbone.dtype)
     logger.info("attention of %s: %s (%s)", backbone.model, kernel, reason)
     stored = _stored_tensors(backbone) if is_deepspeed_zero3_enabled() else None
@@ -160,6 +174,8 @@ def _load_whole(backbone: BackboneRecipe, config: PreTrainedConfig, kernel: str)
             dtype=getattr(torch, backbone.dtype),
             attn_implementation=kernel,
             output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
             **options,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
@@ -241,6 +257,11 @@ def _progress(parameters: Iterable[Any]) -> Iterable[Any]:
 
 
 def _cannot_load(backbone: BackboneRecipe, error: Exception) -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"backbone.model {backbone.model} is no architecture of transformers, but code that comes with "
+            "the checkpoint, which is never run: choose a model that transformers knows"
+        )
     revision = f" at revision {backbone.revision}" if backbone.revision else ""
     return UserError(
         f"backbone.model {backbone.model}{revision} cannot be loaded ({first_line(error)}); check the name, "

@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.parquet
 from datasets import load_dataset
 
-from secura_ds.errors import UserError
-from secura_ds.files import read_jsonl
+from secura_ds.errors import UserError, first_line
+from secura_ds.files import parse_json, read_jsonl
 from secura_ds.recipe import Source
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -87,7 +87,7 @@ def jsonl_rows(path: Path) -> Rows:
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = parse_json(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
     except UnicodeDecodeError as error:
@@ -101,7 +101,7 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a Parquet file, or a damaged one ({error})") from error
+        raise UserError(f"{path}: not a Parquet file, or a damaged one ({first_line(error)})") from error
     return rows
 
 
@@ -135,7 +135,8 @@ def _format_of(source: Source, first: tuple[str, Mapping[str, Any]]) -> str:
 def _wrong_fields(where: str, row: Mapping[str, Any], name: str) -> UserError:
     allowed = {key: fields for key, fields in FORMATS.items() if name in ("auto", key)}
     wanted = "; ".join(f"{key} ({', '.join(fields)})" for key, fields in allowed.items())
-    found = ", ".join(map(str, row)) or "none"
+    names = [str(key)[:40] for key in row]
+    found = ", ".join(names[:10] + ["..."] * (len(names) > 10)) or "none"
     return UserError(f"{where}: fields found: {found}; allowed: {wanted}; rename the fields, or set `format`")
 
 
@@ -162,7 +163,17 @@ def _string(row: Mapping[str, Any], key: str, where: str) -> str:
         raise UserError(f"{where}: {key} should be a string, found {type(row[key]).__name__}")
     if not row[key].strip():
         raise UserError(f"{where}: {key} is empty; fill it in or remove the row")
-    return str(row[key])
+    return _letters(row[key], key, where)
+
+
+def _letters(text: str, key: str, where: str) -> str:
+    r"""The text, if it is one: JSON can also name half a letter, such as \ud83d, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise UserError(f"{where}: {key} holds {half}, half of a letter; write it as UTF-8 text") from error
+    return text
 
 
 def _messages(messages: Any, where: str) -> tuple[dict[str, Any], ...]:
@@ -175,8 +186,10 @@ def _messages(messages: Any, where: str) -> tuple[dict[str, Any], ...]:
             )
         if message.get("role") not in ROLES:
             raise UserError(
-                f"{where}: messages[{index}].role is {message.get('role')!r}; allowed: {', '.join(ROLES)}"
+                f"{where}: messages[{index}].role is {str(message.get('role'))[:40]!r}; "
+                f"allowed: {', '.join(ROLES)}"
             )
+        _letters(message["content"], f"messages[{index}].content", where)
     if all(message["role"] != "assistant" for message in messages):
         raise UserError(f"{where}: messages has no assistant turn, so there is nothing to learn")
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from secura_ds.adapter.saving import QUANTIZATION_KEY
 from secura_ds.checkpoint_files import StoredTensor, open_tensor_file
 from secura_ds.errors import UserError
+from secura_ds.files import parse_json
 from secura_ds.merge.quantization import Quantization
 
 CONFIG_NAME = "adapter_config.json"
@@ -89,7 +89,7 @@ def open_adapter(folder: Path) -> AdapterFile:
     modules: dict[str, Parts] = {}
     replacements: dict[str, StoredTensor] = {}
     file = open_tensor_file(folder / WEIGHTS_NAME)
-    config |= json.loads(file.metadata.get(QUANTIZATION_KEY, "{}"))
+    config |= parse_json(file.metadata.get(QUANTIZATION_KEY, "{}"))
     for stored in file.tensors:
         name = stored.name.removeprefix(_PREFIX)
         match = _PART.fullmatch(name)
@@ -117,7 +117,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); copy the adapter again") from error
     if not isinstance(config, dict):

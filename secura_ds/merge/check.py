@@ -93,7 +93,7 @@ def logit_gap(base: Checkpoint, adapter: AdapterFile, merged: Path) -> LogitGap:
 
 def _load(folder: Path, *, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
     """The model of the class that config.json names."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     names = config.architectures or []
     model_class = getattr(transformers, names[0], None) if names else None
     return (model_class or transformers.AutoModelForCausalLM).from_pretrained(folder, dtype=dtype, **options)
@@ -114,9 +114,13 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
 def _probe_tokens(folder: Path) -> Tensor:
     """`PROBE_TEXT` as ids (1, n); the first ids of the vocabulary where the checkpoint has no tokenizer."""
     if (folder / "tokenizer_config.json").is_file():
-        ids: Tensor = AutoTokenizer.from_pretrained(folder)(PROBE_TEXT, return_tensors="pt").input_ids
+        ids: Tensor = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(
+            PROBE_TEXT, return_tensors="pt"
+        ).input_ids
         return ids
-    return torch.arange(min(32, AutoConfig.from_pretrained(folder).vocab_size)).unsqueeze(0)
+    return torch.arange(
+        min(32, AutoConfig.from_pretrained(folder, trust_remote_code=False).vocab_size)
+    ).unsqueeze(0)
 
 
 def _device_with(needed: int) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import time
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from secura_ds.checkpoint_files import Checkpoint, open_checkpoint
 from secura_ds.errors import UserError, first_line
-from secura_ds.files import atomic_write_json, explained, swap_folder
+from secura_ds.files import atomic_write_json, explained, parse_json, swap_folder
 from secura_ds.merge.adapter_file import AdapterFile, open_adapter
 from secura_ds.merge.check import LogitGap, check_strict_load, logit_gap
 from secura_ds.merge.edits import Edit, plan_edits
@@ -219,7 +218,7 @@ def require_plain(base: Checkpoint) -> dict[str, Any]:
     """
     path = base.folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({first_line(error)}); copy the checkpoint again") from error
     if "quantization_config" in config:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedConfig
 
 from secura_ds.errors import UserError
+from secura_ds.files import parse_json
 from secura_ds.plan import disk, kernels, phases, traffic
 from secura_ds.plan.blueprint import draw
 from secura_ds.plan.gathering import Gathered, Limits, gathered
@@ -191,7 +191,7 @@ def deepspeed_file(recipe: Recipe) -> dict[str, Any]:
         )
     path = recipe.resolve_path(name)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = parse_json(path.read_text(encoding="utf-8"))
         stage = settings["zero_optimization"]["stage"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no DeepSpeed configuration with a zero_optimization.stage") from error

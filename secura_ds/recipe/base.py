@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +19,13 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 def find_path(path: str, folder: Path) -> Path | None:
     """Where `path` lies: relative to the recipe's `folder`, else to the current folder; None if nowhere."""
-    for base in (folder, Path.cwd()):
-        candidate = base / Path(path).expanduser()
-        if candidate.exists():
-            return candidate.resolve()
+    with suppress(
+        OSError, ValueError, RuntimeError
+    ):  # no name of a file: too long, with a zero byte, ~nobody
+        for base in (folder, Path.cwd()):
+            candidate = base / Path(path).expanduser()
+            if candidate.exists():
+                return candidate.resolve()
     return None
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from secura_ds.errors import UserError
+from secura_ds.files import parse_json
 from secura_ds.recipe.adapter import Calibration, SecuraAdapter, SMagNorm
 from secura_ds.recipe.base import RULE
 from secura_ds.recipe.schema import Recipe
@@ -81,7 +82,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; recipes are JSON files such as recipes/smollm2-135m.json")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        values = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
     except UnicodeDecodeError as error:
@@ -110,7 +111,7 @@ def _override(values: dict[str, Any], text: str) -> str | None:
     if not equals or not all(keys):
         return f"--set {text}: expected a.b=value, for example --set training.learning_rate=1e-4"
     try:
-        value = json.loads(given)
+        value = parse_json(given)
     except json.JSONDecodeError:
         value = given
     place: Any = values

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secura_ds.errors import UserError
+from secura_ds.files import parse_json
 
 RUN_MARKS = ("run.json", "recipe.resolved.json", "metrics.jsonl")
 """A folder with none of these is no run folder."""
@@ -129,7 +130,7 @@ def _read_document(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not JSON ({error}); delete it or let its command write it again") from error
     if not isinstance(value, dict):
@@ -148,7 +149,7 @@ def _read_log(path: Path, skipped: dict[str, int]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except (json.JSONDecodeError, UnicodeDecodeError):
             row = None
         step = _number(row.get("step")) if isinstance(row, dict) else None

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from secura_ds.errors import UserError
-from secura_ds.files import remove_left_overs
+from secura_ds.errors import UserError, first_line
+from secura_ds.files import parse_json, remove_left_overs
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,12 @@ def check(folder: Path, *, resume: bool, overwrite: bool, reads: Sequence[Path] 
         raise UserError(
             "--resume continues the run in the output folder, --overwrite deletes it: give one of them"
         )
-    if folder.exists() and not folder.is_dir():
+    try:
+        exists = folder.exists()
+    except (OSError, ValueError) as error:  # too long, or with a zero byte
+        what = f"{str(folder)[:80]!r} can be no folder ({first_line(error)[:80]})"
+        raise UserError(f"training.output_dir {what}: choose another") from error
+    if exists and not folder.is_dir():
         raise UserError(f"training.output_dir {folder} is a file: choose a folder")
     state = describe(folder)
     if state is not None and not (resume or overwrite):
@@ -66,7 +71,7 @@ def claim(folder: Path, *, overwrite: bool) -> None:
 def describe(folder: Path) -> str | None:
     """What earlier run lies in `folder`, in words; None if there is none."""
     try:
-        status = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("status")
+        status = parse_json((folder / "run.json").read_text(encoding="utf-8")).get("status")
         return f"a run (status {status})"
     except (OSError, ValueError, AttributeError):
         pass
@@ -92,7 +97,7 @@ def check_same_run(earlier: Path, settings: dict[str, Any]) -> None:
         UserError: names the first setting that differs.
     """
     try:
-        before = json.loads(earlier.read_text(encoding="utf-8"))
+        before = parse_json(earlier.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     for key, old, new in _differences(before, settings, ""):
