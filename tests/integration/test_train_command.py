@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from launch.train import main
 from secura_ds.errors import run_command
 from secura_ds.stopping import REQUEUE
 from secura_ds.training import callbacks
+from secura_ds.training import checkpoint as files
 
 Run = Callable[..., int]
 
@@ -255,20 +257,51 @@ def test_damaged_factors_are_chosen_anew_and_must_be_the_same(
 def test_a_full_disk_keeps_the_earlier_checkpoint(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from secura_ds import files
+    from secura_ds import files as writing
 
-    save = files.save_file
+    save = writing.save_file
 
     def full(tensors: Any, path: str, **more: Any) -> None:
         if "step-000004" in path:
             raise OSError(errno.ENOSPC, "No space left on device")
         save(tensors, path, **more)
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr(writing, "save_file", full)
     assert run("run", "training.save_steps=2") == 2
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("error: the disk holding")
     assert [p.name for p in Path("run/checkpoints").glob("*step*")] == ["step-000002"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a quarter megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("a disk of one's own needs root, and the right to mount")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # tensors read from it are still mapped
+
+
+def test_a_disk_that_fills_up_costs_nothing_that_was_saved(
+    run: Run, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["training.save_steps=1", "training.save_total_limit=50", "training.max_steps=30"]
+    assert run("whole", *options) == 0
+    capsys.readouterr()
+    assert run(str(small_disk / "run"), *options) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(error) == 1 and "is full: free some space and run again" in error[0]
+    kept = files.latest(small_disk / "run" / "checkpoints")
+    assert kept is not None and 1 < files.step_of(kept) < 30
+    assert not list(small_disk.rglob("*.partial"))
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    assert run(str(small_disk / "run"), *options, "--resume") == 0
+    assert losses(small_disk / "run") == losses(Path("whole"))
+    whole, cut = adapter(Path("whole")), adapter(small_disk / "run")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
 @pytest.mark.parametrize(
