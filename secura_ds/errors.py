@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
@@ -13,8 +14,22 @@ from secura_ds.stopping import Interrupted, exit_status, interruptible
 SILENCE = 5.0  # seconds that ranks other than the main one wait before they report an error
 
 
+_CREDENTIALS = re.compile(r"(\w+:/{1,2})[^\s/\"']+@")
+
+
+def redacted(text: str) -> str:
+    """`text` with the name and password of every URL in it replaced: `https://***@host/path`."""
+    return _CREDENTIALS.sub(r"\1***@", text)
+
+
 class UserError(Exception):
-    """Something the user can mend. The message says what was given, where, and what to change."""
+    """Something the user can mend. The message says what was given, where, and what to change.
+
+    It ends up in terminals, logs and other ranks' messages, so credentials in it are redacted.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class RankError(UserError):
@@ -46,6 +61,12 @@ def run_command(main: Callable[[Sequence[str] | None], int], arguments: Sequence
         number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
         print(f"interrupted by {signal.Signals(number).name}", file=sys.stderr, flush=True)
         return exit_status(number)
+
+
+def shown(given: object, width: int = 80) -> str:
+    """What was given as one line of at most `width` characters, control characters escaped."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(given)[: width + 1])
+    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def first_line(error: BaseException) -> str:

@@ -130,7 +130,7 @@ def _read_document(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); delete it or let its command write it again") from error
     if not isinstance(value, dict):
         raise UserError(
@@ -149,7 +149,7 @@ def _read_log(path: Path, skipped: dict[str, int]) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             row = None
         step = _number(row.get("step")) if isinstance(row, dict) else None
         if step is None:
