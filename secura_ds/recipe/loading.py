@@ -102,10 +102,11 @@ def _override(values: dict[str, Any], text: str) -> str | None:
         return str(error)
     place: Any = values
     for number, key in enumerate(keys):
-        here, last = shown(".".join(keys[:number])), number == len(keys) - 1
+        last = number == len(keys) - 1
         if isinstance(place, list):
             indices = [str(index) for index in range(len(place))]
             if key not in indices:
+                here = shown(".".join(keys[:number]))
                 return f"{option}: {here} has {len(place)} entries, there is no {shown(repr(key))}"
             index: Any = indices.index(key)
         elif isinstance(place, dict):
@@ -113,6 +114,7 @@ def _override(values: dict[str, Any], text: str) -> str | None:
             if not last and place.get(key) is None:
                 place[key] = {}
         else:
+            here = shown(".".join(keys[:number]))
             return f"{option}: {here} is {_short(place)}, which has no parts"
         if last:
             place[index] = value

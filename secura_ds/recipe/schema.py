@@ -103,7 +103,7 @@ class Source(Section):
     """Configuration of the hub data set."""
     split: str | None = None
     """Split of the hub data set; null means `train`."""
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(gt=0, lt=1e9)] = 1.0
     """Share of this source in the mixture, relative to the others."""
     format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
     """How a row reads; `auto` tells by its keys."""
