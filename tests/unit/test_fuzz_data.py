@@ -235,7 +235,7 @@ def test_strings_that_are_no_text_in_a_table(recipes: dict[str, Recipe]) -> None
 
 def test_a_table_in_a_folder_that_is_named_like_a_column(folder: Path) -> None:
     """Such a folder is a partition to pyarrow, and its name would become a column of the table."""
-    path = folder / "text=spoilt" / "rows.parquet"
+    path = folder / "messages=spoilt" / "rows.parquet"
     path.parent.mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS["pair"]), path)
     (example, *_) = load_examples(Source(path=str(path)))
