@@ -6,6 +6,7 @@ Plain reads keep memory honest: a mapped file counts as memory of the process, a
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import struct
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from pathlib import Path
 import torch
 
 from secura_ds.errors import UserError
-from secura_ds.files import parse_json
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 INDEX_NAME = "model.safetensors.index.json"
@@ -83,7 +83,7 @@ class TensorFile:
     @property
     def metadata(self) -> dict[str, str]:
         """The free entries of the header."""
-        return dict(parse_json(self.header[8:]).get("__metadata__") or {})
+        return dict(json.loads(self.header[8:]).get("__metadata__") or {})
 
     def fingerprint(self) -> list[object]:
         """Size, time of change and header hash: enough to notice that the file was replaced."""
@@ -123,7 +123,7 @@ def open_tensor_file(path: Path) -> TensorFile:
         header = prefix + file.read(length)
     try:
         tensors = _parse(path, header)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} has a damaged safetensors header ({error}); copy it again") from error
     position = len(header)
     for tensor in tensors:
@@ -140,7 +140,7 @@ def open_tensor_file(path: Path) -> TensorFile:
 
 
 def _parse(path: Path, header: bytes) -> tuple[StoredTensor, ...]:
-    entries = parse_json(header[8:])
+    entries = json.loads(header[8:])
     tensors = []
     for name, entry in entries.items():
         if name == "__metadata__":
@@ -193,8 +193,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _open_indexed(folder: Path, index: Path) -> Checkpoint:
     try:
-        weight_map: dict[str, str] = dict(parse_json(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{index} is not a safetensors index ({error}); copy it again") from error
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
@@ -13,8 +14,22 @@ from secura_ds.stopping import Interrupted, exit_status, interruptible
 SILENCE = 5.0  # seconds that ranks other than the main one wait before they report an error
 
 
+_CREDENTIALS = re.compile(r"(\w+:/{1,2})[^\s/\"']+@")
+
+
+def redacted(text: str) -> str:
+    """`text` with the name and password of every URL in it replaced: `https://***@host/path`."""
+    return _CREDENTIALS.sub(r"\1***@", text)
+
+
 class UserError(Exception):
-    """Something the user can mend. The message says what was given, where, and what to change."""
+    """Something the user can mend. The message says what was given, where, and what to change.
+
+    It ends up in terminals, logs and other ranks' messages, so credentials in it are redacted.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class RankError(UserError):
@@ -40,7 +55,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], arguments: Sequence
         if not (error.loud if isinstance(error, RankError) else is_main_process()):
             # Nearly always the main rank has met the same error, and the launcher ends the others with it.
             time.sleep(SILENCE)
-        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return error.status if isinstance(error, RankError) else 2
     except KeyboardInterrupt as interrupt:
         number = interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT
@@ -48,9 +63,10 @@ def run_command(main: Callable[[Sequence[str] | None], int], arguments: Sequence
         return exit_status(number)
 
 
-def printable(text: str) -> str:
-    """A message as a terminal can show it: what a user gave may hold control characters and half letters."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+def shown(given: object, width: int = 80) -> str:
+    """What was given as one line of at most `width` characters, control characters escaped."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(given)[: width + 1])
+    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def first_line(error: BaseException) -> str:

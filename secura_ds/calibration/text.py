@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from tqdm import tqdm
 
 from secura_ds.calibration.ranks import broadcast, rank_and_world, turns
 from secura_ds.errors import UserError
-from secura_ds.files import atomic_write_text, read_jsonl
+from secura_ds.files import atomic_write_text
+from secura_ds.reading import read_rows, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ def read_tokens(path: Path, tokenizer: Any, num_tokens: int) -> Tensor:
         UserError: the file is missing, empty or malformed.
     """
     rows = _read(path)
-    saved = [ids for text, ids in rows if ids and tokenizer.decode(ids) == text]
+    saved = [ids for text, ids in rows if ids and max(ids) < len(tokenizer) and tokenizer.decode(ids) == text]
     if len(saved) == len(rows) and len({len(ids) for ids in saved}) == 1:
         return torch.tensor(saved)
     stream = [token for text, _ in rows for token in tokenizer(text)["input_ids"]][:num_tokens]
@@ -78,17 +80,19 @@ def read_tokens(path: Path, tokenizer: Any, num_tokens: int) -> Tensor:
 
 def _read(path: Path) -> list[tuple[str, list[int] | None]]:
     if path.suffix == ".jsonl":
-        rows = read_jsonl(path)
-        for number, row in enumerate(rows, start=1):
+        rows = read_rows(path)
+        for where, row in rows:
             if not isinstance(row.get("text"), str):
-                raise UserError(
-                    f'{path}: row {number} has no "text"; put the text of each row under that key'
-                )
-        return [(row["text"], row.get("token_ids")) for row in rows]
-    try:
-        return [(path.read_text(encoding="utf-8"), None)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); check calibration.text") from error
+                raise UserError(f'{where}: the row has no "text"; put the text of each row under that key')
+        return [(row["text"], _token_ids(row)) for _, row in rows]
+    return [(read_text(path), None)]
+
+
+def _token_ids(row: Mapping[str, Any]) -> list[int] | None:
+    """The tokens that a row of a calibration's own text has beside it; None where it has anything else."""
+    ids = row.get("token_ids")
+    whole = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
+    return ids if whole else None
 
 
 def openings(model: Any, tokenizer: Any, count: int) -> list[list[int]]:

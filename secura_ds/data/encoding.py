@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from secura_ds.data.sources import Example
-from secura_ds.errors import UserError
+from secura_ds.errors import UserError, first_line, shown
 
 IGNORED = -100
 """Label of a token that is not learnt."""
@@ -64,7 +63,7 @@ def render_prompt(
     if tokenizer.chat_template is None and isinstance(prompt, str):
         return plain_tokens(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return _inner_tokens(tokenizer, _render(tokenizer, messages, where, ask=True))
+    return _inner_tokens(tokenizer, render(tokenizer, messages, where, ask=True))
 
 
 def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool, bool]]:
@@ -84,14 +83,14 @@ def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
 
 def _turns(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     messages = list(example.messages)
-    whole = _render(tokenizer, messages, example.where)
+    whole = render(tokenizer, messages, example.where)
     pieces: list[tuple[str, bool]] = []
     done = 0
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, messages[:index], example.where, ask=True)
-        after = _render(tokenizer, messages[: index + 1], example.where)
+        before = render(tokenizer, messages[:index], example.where, ask=True)
+        after = render(tokenizer, messages[: index + 1], example.where)
         if not (whole.startswith(before) and whole.startswith(after) and len(before) < len(after)):
             raise UserError(
                 f"{example.where}: the backbone's chat template renders turn {index + 1} differently "
@@ -105,14 +104,24 @@ def _turns(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[s
     return [piece for piece in pieces if piece[0]]
 
 
-def _render(
+def render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], where: str, *, ask: bool = False
 ) -> str:
+    """The text of a conversation by the chat template, which transformers runs in jinja's sandbox.
+
+    Args:
+        where: the place of the conversation, for the message.
+        ask: end with the beginning of an assistant's turn.
+
+    Raises:
+        UserError: the template refuses the conversation or fails.
+    """
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
-    except (TemplateError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program, whatever it does wrong
+        reason = shown(first_line(error), 200)
         raise UserError(
-            f"{where}: the backbone's chat template refuses this conversation: {error}"
+            f"{where}: the backbone's chat template refuses this conversation: {reason}"
         ) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 from datasets import load_dataset
 
-from secura_ds.errors import UserError, first_line
-from secura_ds.files import parse_json, read_jsonl
+from secura_ds.errors import UserError, first_line, shown
+from secura_ds.reading import read_json, read_rows
 from secura_ds.recipe import Source
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -64,7 +63,7 @@ def _file_rows(path: Path) -> Rows:
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: files end in {', '.join(SUFFIXES)}, this one in {path.suffix or 'nothing'}")
     if path.suffix == ".jsonl":
-        return jsonl_rows(path)
+        return read_rows(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; check the path")
     found = _json_rows(path) if path.suffix == ".json" else _parquet_rows(path)
@@ -73,25 +72,8 @@ def _file_rows(path: Path) -> Rows:
     return [(f"{path} row {number}", row) for number, row in enumerate(found, start=1)]
 
 
-def jsonl_rows(path: Path) -> Rows:
-    """Rows of a JSON-lines file, each with its place, `file:line`.
-
-    Raises:
-        UserError: the file is missing, empty, or malformed.
-    """
-    rows = read_jsonl(path)
-    with path.open(encoding="utf-8") as file:
-        numbers = [number for number, line in enumerate(file, start=1) if line.strip()]
-    return [(f"{path}:{number}", row) for number, row in zip(numbers, rows, strict=True)]
-
-
 def _json_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        rows = parse_json(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
+    rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: expected a JSON list of objects; or put one object a line in a .jsonl file")
     return rows
@@ -99,9 +81,13 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a Parquet file, or a damaged one ({first_line(error)})") from error
+        # Not `read_table`, which makes columns of folders that are called `key=value`.
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows: list[dict[str, Any]] = file.read().to_pylist()
+    except Exception as error:  # of a damaged file pyarrow raises several types, Python others for its values
+        raise UserError(
+            f"{path}: not a Parquet file, or a damaged one ({shown(first_line(error))}); copy it again"
+        ) from error
     return rows
 
 
@@ -111,10 +97,9 @@ def _hub_rows(source: Source) -> Rows:
     try:
         dataset = load_dataset(source.hub, source.subset, split=split)
     except Exception as error:  # the hub client raises a dozen unrelated types; all mean the same to a user
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
             f"the hub data set {source.hub} (subset {source.subset}, split {split}) cannot be loaded: "
-            f"{reason}"
+            f"{first_line(error)}"
         ) from error
     rows = dataset.select(range(min(len(dataset), source.max_examples or len(dataset)))).to_list()
     if not rows:
@@ -135,8 +120,7 @@ def _format_of(source: Source, first: tuple[str, Mapping[str, Any]]) -> str:
 def _wrong_fields(where: str, row: Mapping[str, Any], name: str) -> UserError:
     allowed = {key: fields for key, fields in FORMATS.items() if name in ("auto", key)}
     wanted = "; ".join(f"{key} ({', '.join(fields)})" for key, fields in allowed.items())
-    names = [str(key)[:40] for key in row]
-    found = ", ".join(names[:10] + ["..."] * (len(names) > 10)) or "none"
+    found = shown(", ".join(map(str, row))) or "none"
     return UserError(f"{where}: fields found: {found}; allowed: {wanted}; rename the fields, or set `format`")
 
 
@@ -163,17 +147,7 @@ def _string(row: Mapping[str, Any], key: str, where: str) -> str:
         raise UserError(f"{where}: {key} should be a string, found {type(row[key]).__name__}")
     if not row[key].strip():
         raise UserError(f"{where}: {key} is empty; fill it in or remove the row")
-    return _letters(row[key], key, where)
-
-
-def _letters(text: str, key: str, where: str) -> str:
-    r"""The text, if it is one: JSON can also name half a letter, such as \ud83d, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(text[error.start])
-        raise UserError(f"{where}: {key} holds {half}, half of a letter; write it as UTF-8 text") from error
-    return text
+    return str(row[key])
 
 
 def _messages(messages: Any, where: str) -> tuple[dict[str, Any], ...]:
@@ -185,11 +159,8 @@ def _messages(messages: Any, where: str) -> tuple[dict[str, Any], ...]:
                 f"{where}: messages[{index}] should be an object with role and content, both strings"
             )
         if message.get("role") not in ROLES:
-            raise UserError(
-                f"{where}: messages[{index}].role is {str(message.get('role'))[:40]!r}; "
-                f"allowed: {', '.join(ROLES)}"
-            )
-        _letters(message["content"], f"messages[{index}].content", where)
+            given = shown(repr(message.get("role")))
+            raise UserError(f"{where}: messages[{index}].role is {given}; allowed: {', '.join(ROLES)}")
     if all(message["role"] != "assistant" for message in messages):
         raise UserError(f"{where}: messages has no assistant turn, so there is nothing to learn")
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_ds.data.encoding import plain_tokens
-from secura_ds.data.sources import jsonl_rows
 from secura_ds.errors import UserError
 from secura_ds.evaluation.batching import batches, pad_left
 from secura_ds.evaluation.metrics import bootstrap_stderr
+from secura_ds.reading import read_rows
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def read_questions(path: Path, max_items: int | None = None) -> list[Question]:
     Raises:
         UserError: a row is malformed; names the line.
     """
-    return [_question(where, row) for where, row in jsonl_rows(path)[:max_items]]
+    return [_question(where, row) for where, row in read_rows(path)[:max_items]]
 
 
 def _question(where: str, row: Mapping[str, Any]) -> Question:

@@ -9,8 +9,6 @@ import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
-from secura_ds.files import parse_json
-
 Scored = tuple[float, float, list[bool]]
 """Score, its standard error, and which answers are right word for word."""
 
@@ -91,8 +89,8 @@ def exact_matches(answers: Sequence[str], expected: Sequence[str]) -> list[bool]
 def canonical_json(text: str) -> str | None:
     """One form for all JSON texts of the same value, or None where `text` is not JSON and nothing else."""
     try:
-        value = parse_json(text, object_pairs_hook=_unique_keys, parse_constant=_refuse)
-    except ValueError:
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse)
+    except (ValueError, RecursionError):
         return None
     return json.dumps(value, sort_keys=True)
 

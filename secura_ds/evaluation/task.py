@@ -9,6 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_ds.data import Example, load_examples, render_prompt
+from secura_ds.data.encoding import render
 from secura_ds.errors import UserError
 from secura_ds.evaluation.batching import batches, pad_left
 from secura_ds.evaluation.metrics import METRICS
@@ -94,7 +95,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 def _turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that closes an assistant turn, Gemma's `<end_of_turn>` say."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False)).rstrip()
-    last = tokenizer(text, add_special_tokens=False)["input_ids"][-1]
+    text = render(tokenizer, turns, "the end of a turn").rstrip()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    last = ids[-1] if ids else None
     added = tokenizer.added_tokens_decoder.get(last)
     return last if added is not None and added.special else None

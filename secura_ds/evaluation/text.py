@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secura_ds.errors import UserError
 from secura_ds.evaluation.batching import batches
 from secura_ds.evaluation.metrics import bootstrap_stderr
+from secura_ds.reading import read_text
 
 WINDOW = 256
 """Tokens of a window. Scores of texts are comparable only for one tokenizer and one window."""
@@ -61,13 +62,7 @@ def read_windows(
     Raises:
         UserError: the file is missing, too short, or not UTF-8.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; check the path")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids: list[int] = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise UserError(f"{path}: the text has {len(ids)} tokens, at least 2 are needed")
     width = min(WINDOW, len(ids))

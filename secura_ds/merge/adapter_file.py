@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 from secura_ds.adapter.saving import QUANTIZATION_KEY
 from secura_ds.checkpoint_files import StoredTensor, open_tensor_file
 from secura_ds.errors import UserError
-from secura_ds.files import parse_json
 from secura_ds.merge.quantization import Quantization
+from secura_ds.reading import read_json_object
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -89,7 +90,7 @@ def open_adapter(folder: Path) -> AdapterFile:
     modules: dict[str, Parts] = {}
     replacements: dict[str, StoredTensor] = {}
     file = open_tensor_file(folder / WEIGHTS_NAME)
-    config |= parse_json(file.metadata.get(QUANTIZATION_KEY, "{}"))
+    config |= json.loads(file.metadata.get(QUANTIZATION_KEY, "{}"))
     for stored in file.tensors:
         name = stored.name.removeprefix(_PREFIX)
         match = _PART.fullmatch(name)
@@ -116,13 +117,7 @@ def open_adapter(folder: Path) -> AdapterFile:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
-    try:
-        config = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); copy the adapter again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is not a JSON object; copy the adapter again")
-    return config
+    return read_json_object(path, remedy="copy the adapter again")
 
 
 def _refuse_changed_base(folder: Path, config: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from secura_ds.checkpoint_files import Checkpoint, open_checkpoint
-from secura_ds.errors import UserError, first_line
-from secura_ds.files import atomic_write_json, explained, parse_json, swap_folder
+from secura_ds.errors import UserError
+from secura_ds.files import atomic_write_json, explained, swap_folder
 from secura_ds.merge.adapter_file import AdapterFile, open_adapter
 from secura_ds.merge.check import LogitGap, check_strict_load, logit_gap
 from secura_ds.merge.edits import Edit, plan_edits
@@ -31,6 +31,7 @@ from secura_ds.merge.work import (
     write_part,
 )
 from secura_ds.merge.workers import share
+from secura_ds.reading import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -216,11 +217,7 @@ def require_plain(base: Checkpoint) -> dict[str, Any]:
     Raises:
         UserError: they are, or config.json cannot be read.
     """
-    path = base.folder / "config.json"
-    try:
-        config: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}); copy the checkpoint again") from error
+    config = read_json_object(base.folder / "config.json", remedy="copy the checkpoint again")
     if "quantization_config" in config:
         raise UserError(f"{base.folder} is itself quantized: give the 16-bit checkpoint it was made from")
     return config

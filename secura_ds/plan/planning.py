@@ -11,13 +11,13 @@ from peft import PeftModel
 from transformers import PreTrainedConfig
 
 from secura_ds.errors import UserError
-from secura_ds.files import parse_json
 from secura_ds.plan import disk, kernels, phases, traffic
 from secura_ds.plan.blueprint import draw
 from secura_ds.plan.gathering import Gathered, Limits, gathered
 from secura_ds.plan.parts import at_rest, bucket_bytes, weight
 from secura_ds.plan.settings import Zero
 from secura_ds.plan.simulation import Event, Work, reads, simulate
+from secura_ds.reading import read_json_object
 from secura_ds.recipe import Recipe
 
 STEP_PARTS = ("gathered_weights", "activations", "logits_and_loss", "backward_buckets", "library_workspaces")
@@ -190,14 +190,12 @@ def deepspeed_file(recipe: Recipe) -> dict[str, Any]:
             'configuration such as "deepspeed/zero3.json"'
         )
     path = recipe.resolve_path(name)
-    try:
-        settings = parse_json(path.read_text(encoding="utf-8"))
-        stage = settings["zero_optimization"]["stage"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no DeepSpeed configuration with a zero_optimization.stage") from error
+    settings = read_json_object(path, remedy="name a DeepSpeed configuration")
+    zero = settings.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}: 1, 2 or 3")
-    return dict(settings)
+    return settings
 
 
 def fullest(recipe: Recipe) -> Work:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from secura_ds.errors import shown
 from secura_ds.recipe.base import File, Fraction, PositiveFloat, PositiveInt, Section, Seed
 
 
@@ -17,6 +19,20 @@ def _targets(value: Any) -> Any:
 
 
 Targets = Annotated[list[str] | Literal["all-linear"] | None, BeforeValidator(_targets)]
+
+
+def _patterns(value: dict[str, int]) -> dict[str, int]:
+    for name in value:
+        try:
+            re.compile(name)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"the key {shown(repr(name))} is no module name and no regular expression ({error})"
+            ) from error
+    return value
+
+
+Ranks = Annotated[dict[str, PositiveInt], AfterValidator(_patterns)]
 
 
 class Calibration(Section):
@@ -95,13 +111,13 @@ class SecuraAdapter(AdapterTargets):
     """Settings of `selection: "calibrated"`."""
     strategy: Literal["M1", "M2"] = "M2"
     """Fold into the weight (M1) or into the frozen core (M2)."""
-    fold_every: Annotated[int, Field(ge=0)] = 0
+    fold_every: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Optimizer steps between folds; 0 folds only at the end."""
     smagnorm: SMagNorm = SMagNorm()
     """Settings of S-MagNorm."""
-    rank_pattern: dict[str, PositiveInt] = {}
+    rank_pattern: Ranks = {}
     """Other values of `cur_rank`, by module name."""
-    inner_rank_pattern: dict[str, PositiveInt] = {}
+    inner_rank_pattern: Ranks = {}
     """Other values of `inner_rank`, by module name."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,21 +11,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 # Type of an error between sections: its message says where, the location is too coarse to show.
 RULE = "rule"
 
-PositiveInt = Annotated[int, Field(gt=0)]
+# Libraries hold counts in 32 bits, and numpy takes seeds of 32.
+PositiveInt = Annotated[int, Field(gt=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 def find_path(path: str, folder: Path) -> Path | None:
     """Where `path` lies: relative to the recipe's `folder`, else to the current folder; None if nowhere."""
-    with suppress(
-        OSError, ValueError, RuntimeError
-    ):  # no name of a file: too long, with a zero byte, ~nobody
-        for base in (folder, Path.cwd()):
-            candidate = base / Path(path).expanduser()
-            if candidate.exists():
-                return candidate.resolve()
+    for base in (folder, Path.cwd()):
+        candidate = base / os.path.expanduser(path)
+        if os.path.exists(candidate):  # unlike Path's, False for a name that no file can have
+            return candidate.resolve()
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,8 +13,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from secura_ds.errors import UserError
-from secura_ds.files import parse_json
+from secura_ds.errors import UserError, shown
+from secura_ds.reading import NotJson, parse_json, read_json_object
 from secura_ds.recipe.adapter import Calibration, SecuraAdapter, SMagNorm
 from secura_ds.recipe.base import RULE
 from secura_ds.recipe.schema import Recipe
@@ -79,56 +80,42 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; recipes are JSON files such as recipes/smollm2-135m.json")
-    try:
-        values = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
-    except KeyError as error:
+    if not os.path.isfile(path):  # unlike Path's, False for a name that no file can have
         raise UserError(
-            f"{path}: the key {error.args[0]!r} is given twice in one object; keep one"
-        ) from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}")
-    return values
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise KeyError(next(key for key in keys if keys.count(key) > 1))
-    return values
+            f"{shown(path)}: no such file; recipes are JSON files such as recipes/smollm2-135m.json"
+        )
+    return read_json_object(path, unique_keys=True)
 
 
 def _override(values: dict[str, Any], text: str) -> str | None:
     """Put one `a.b=c` into `values`; the problem with it, if there is one."""
     dotted, equals, given = text.partition("=")
     keys = dotted.strip().split(".")
+    option = f"--set {shown(text)}"
     if not equals or not all(keys):
-        return f"--set {text}: expected a.b=value, for example --set training.learning_rate=1e-4"
+        return f"{option}: expected a.b=value, for example --set training.learning_rate=1e-4"
     try:
-        value = parse_json(given)
-    except json.JSONDecodeError:
+        value = parse_json(given, option, remedy="mend the value", unique_keys=True)
+    except NotJson:
         value = given
+    except UserError as error:
+        return str(error)
     place: Any = values
     for number, key in enumerate(keys):
         last = number == len(keys) - 1
         if isinstance(place, list):
-            if not key.isdigit() or int(key) >= len(place):
-                return (
-                    f"--set {text}: {'.'.join(keys[:number])} has {len(place)} entries, there is no {key!r}"
-                )
-            index: Any = int(key)
+            indices = [str(index) for index in range(len(place))]
+            if key not in indices:
+                here = shown(".".join(keys[:number]))
+                return f"{option}: {here} has {len(place)} entries, there is no {shown(repr(key))}"
+            index: Any = indices.index(key)
         elif isinstance(place, dict):
             index = key
             if not last and place.get(key) is None:
                 place[key] = {}
         else:
-            return f"--set {text}: {'.'.join(keys[:number])} is {json.dumps(place)}, which has no parts"
+            here = shown(".".join(keys[:number]))
+            return f"{option}: {here} is {_short(place)}, which has no parts"
         if last:
             place[index] = value
         else:
@@ -141,12 +128,13 @@ def _explain(details: ErrorDetails, changed: list[str]) -> str:
     location, kind, given = details["loc"], details["type"], details["input"]
     if kind.startswith("union_tag"):
         location, given = (*location, "method"), given.get("method") if isinstance(given, dict) else given
-    shown = ".".join(str(part) for part in location if part not in TAGS)
-    origin = " from --set" if any(shown == key or shown.startswith(key + ".") for key in changed) else ""
+    key = ".".join(str(part) for part in location if part not in TAGS)
+    origin = " from --set" if any(key == name or key.startswith(name + ".") for name in changed) else ""
+    key = shown(key)
     if kind == "extra_forbidden":
-        return f"{shown}{origin} is no known key{_nearest(location)}"
+        return f"{key}{origin} is no known key{_nearest(location)}"
     if kind == "missing":
-        return f"{shown} is missing; it has no default"
+        return f"{key} is missing; it has no default"
     if kind == RULE:
         return details["msg"]
     message = details["msg"].removeprefix("Value error, ").replace("Input should", "should")
@@ -154,12 +142,14 @@ def _explain(details: ErrorDetails, changed: list[str]) -> str:
         message = f"should be one of {', '.join(json.dumps(tag) for tag in TAGS)}"
     elif kind.startswith("model"):
         message = "should be an object"
-    return f"{shown} is {_short(given)}{origin}: {message}"
+    return f"{key} is {_short(given)}{origin}: {message}"
 
 
 def _short(given: Any) -> str:
-    text = json.dumps(given, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    try:
+        return shown(json.dumps(given, ensure_ascii=False, default=str))
+    except RecursionError:
+        return f"a deeply nested {type(given).__name__}"
 
 
 def _nearest(location: Location) -> str:

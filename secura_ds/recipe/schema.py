@@ -6,6 +6,8 @@ field validators that look at the fields before them, so that one load reports e
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,8 +16,11 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_v
 from pydantic_core import PydanticCustomError
 
 from secura_ds.embedded import EMBEDDED
+from secura_ds.errors import redacted
 from secura_ds.recipe.adapter import LoraAdapter, SecuraAdapter
 from secura_ds.recipe.base import RULE, File, Fraction, PositiveFloat, PositiveInt, Section, Seed, find_path
+
+_HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 
 
 def _known_model(value: str, info: ValidationInfo) -> str:
@@ -28,11 +33,32 @@ def _known_model(value: str, info: ValidationInfo) -> str:
         if not (found / "config.json").is_file():
             raise ValueError(f"{found} holds no config.json, so it is no Hugging Face checkpoint")
         return str(found)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", value):
+    if not re.fullmatch(_HUB_ID, value):
         raise ValueError(
             "should be embedded:<name>, a hub id such as Qwen/Qwen2-7B-Instruct, or an existing folder"
         )
     return value
+
+
+def _known_revision(value: str) -> str:
+    # The hub's client joins it into the name of a file; git allows none of these either.
+    if not re.fullmatch(r"(?![/-])(?!.*\.\.)[^\s~^:?*\[\\\x00-\x1f]+", value):
+        raise ValueError("should be a branch, a tag or a commit")
+    return value
+
+
+def _known_data_set(value: str) -> str:
+    if not re.fullmatch(_HUB_ID, value):
+        raise ValueError("should be a hub id such as HuggingFaceH4/no_robots; a file is given as path")
+    return value
+
+
+def _output_folder(value: str) -> str:
+    if "://" in value or not value.isprintable():
+        raise ValueError("should be a folder on this machine, without control characters")
+    if any(len(os.fsencode(part)) > 255 for part in value.split("/")) or len(os.fsencode(value)) > 2000:
+        raise ValueError("should be shorter: a name may have 255 bytes, a path 2000")
+    return os.path.expanduser(value)
 
 
 class Quantization(Section):
@@ -49,7 +75,7 @@ class BackboneRecipe(Section):
 
     model: Annotated[str, AfterValidator(_known_model)]
     """`embedded:smollm2-135m`, a hub id, or a folder with a Hugging Face checkpoint."""
-    revision: str | None = None
+    revision: Annotated[str, AfterValidator(_known_revision)] | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the frozen weights and of the computation."""
@@ -71,13 +97,13 @@ class Source(Section):
 
     path: File | None = None
     """A .jsonl, .json or .parquet file."""
-    hub: str | None = None
+    hub: Annotated[str, AfterValidator(_known_data_set)] | None = None
     """Name of a data set on the hub."""
     subset: str | None = None
     """Configuration of the hub data set."""
     split: str | None = None
     """Split of the hub data set; null means `train`."""
-    weight: PositiveFloat = 1.0
+    weight: Annotated[float, Field(gt=0, lt=1e9)] = 1.0
     """Share of this source in the mixture, relative to the others."""
     format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
     """How a row reads; `auto` tells by its keys."""
@@ -108,7 +134,7 @@ class DataRecipe(Section):
     """Data set for the loss during training."""
     validation_fraction: Fraction = 0.0
     """Or: share of the sources held out for it."""
-    max_length: Annotated[int, Field(ge=2)] = 1024
+    max_length: Annotated[int, Field(ge=2, lt=2**31)] = 1024
     """Longest example in tokens; longer ones are cut."""
     packing: bool = False
     """Put several short examples into one row."""
@@ -128,7 +154,7 @@ class DataRecipe(Section):
 class TrainingRecipe(Section):
     """How it is learnt."""
 
-    output_dir: Annotated[str, Field(min_length=1)]
+    output_dir: Annotated[str, Field(min_length=1), AfterValidator(_output_folder)]
     """Folder of the run, relative to the current folder."""
     deepspeed: File | None = None
     """DeepSpeed configuration; null trains on one device without it."""
@@ -285,5 +311,9 @@ class Recipe(Section):
         return find_path(path, self._folder) or (self._folder / path).resolve()
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting, defaults and absolute paths included; loads again as a recipe. JSON-able."""
-        return self.model_dump(mode="json", exclude={"schema_"})
+        """Every setting, defaults and absolute paths included; loads again as a recipe. JSON-able.
+
+        Credentials in URLs, in the description say, are redacted: this is what a run writes down.
+        """
+        settings = self.model_dump(mode="json", exclude={"schema_"})
+        return dict(json.loads(redacted(json.dumps(settings))))

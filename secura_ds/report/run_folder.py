@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from secura_ds.errors import UserError
-from secura_ds.files import parse_json
 
 RUN_MARKS = ("run.json", "recipe.resolved.json", "metrics.jsonl")
 """A folder with none of these is no run folder."""
@@ -130,8 +129,8 @@ def _read_document(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = parse_json(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); delete it or let its command write it again") from error
     if not isinstance(value, dict):
         raise UserError(
@@ -149,8 +148,8 @@ def _read_log(path: Path, skipped: dict[str, int]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = parse_json(line)
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             row = None
         step = _number(row.get("step")) if isinstance(row, dict) else None
         if step is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secura_ds.errors import UserError, first_line
-from secura_ds.files import parse_json, remove_left_overs
+from secura_ds.files import remove_left_overs
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def claim(folder: Path, *, overwrite: bool) -> None:
 def describe(folder: Path) -> str | None:
     """What earlier run lies in `folder`, in words; None if there is none."""
     try:
-        status = parse_json((folder / "run.json").read_text(encoding="utf-8")).get("status")
+        status = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("status")
         return f"a run (status {status})"
     except (OSError, ValueError, AttributeError):
         pass
@@ -97,7 +97,7 @@ def check_same_run(earlier: Path, settings: dict[str, Any]) -> None:
         UserError: names the first setting that differs.
     """
     try:
-        before = parse_json(earlier.read_text(encoding="utf-8"))
+        before = json.loads(earlier.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     for key, old, new in _differences(before, settings, ""):

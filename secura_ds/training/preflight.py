@@ -10,7 +10,7 @@ import torch
 
 from secura_ds import environment
 from secura_ds.errors import UserError
-from secura_ds.files import parse_json
+from secura_ds.reading import read_json
 from secura_ds.recipe import Recipe
 from secura_ds.sharding import refuse_unsupported
 from secura_ds.training.contradictions import contradictions, follow_recipe, misshapen
@@ -53,10 +53,7 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any] | None:
         )
     check_deepspeed_version(_installed_version())
     path = recipe.resolve_path(name)
-    try:
-        settings = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no readable DeepSpeed configuration ({error})") from error
+    settings = read_json(path, remedy="name another DeepSpeed configuration or mend this one")
     _check_settings(settings, recipe, str(path))
     return follow_recipe(settings, recipe, environment.world_size())
 

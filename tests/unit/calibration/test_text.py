@@ -116,7 +116,7 @@ def test_unusable_text_is_named(tmp_path: Path) -> None:
     tokenizer = toy_tokenizer()
     with pytest.raises(UserError, match=r"missing\.jsonl: no such file"):
         read_tokens(tmp_path / "missing.jsonl", tokenizer, 100)
-    with pytest.raises(UserError, match=r"missing\.txt: cannot be read"):
+    with pytest.raises(UserError, match=r"missing\.txt: no such file"):
         read_tokens(tmp_path / "missing.txt", tokenizer, 100)
     empty = tmp_path / "empty.txt"
     empty.write_text("")
@@ -124,5 +124,5 @@ def test_unusable_text_is_named(tmp_path: Path) -> None:
         read_tokens(empty, tokenizer, 100)
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"text": "a"}\n{"txt": "b"}\n')
-    with pytest.raises(UserError, match=r'wrong\.jsonl: row 2 has no "text"'):
+    with pytest.raises(UserError, match=r'wrong\.jsonl:2: the row has no "text"'):
         read_tokens(wrong, tokenizer, 100)

@@ -125,7 +125,7 @@ def test_refuses_other_kinds_of_input(base: Path, adapter: Path, tmp_path: Path)
     config.write_text(json.dumps({**settings, "peft_type": "IA3"}))
     refused(base, adapter, tmp_path / "out", "peft_type is IA3")
     config.write_text("{")
-    refused(base, adapter, tmp_path / "out", "is not JSON")
+    refused(base, adapter, tmp_path / "out", ": not JSON")
     config.write_text(json.dumps(settings))
     empty = tmp_path / "empty"
     empty.mkdir()
