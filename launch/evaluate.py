@@ -1,4 +1,8 @@
-"""Score a model on a recipe's task and probes: the backbone itself, a merged checkpoint or an adapter."""
+"""Score a model on a recipe's task and probes: the backbone itself, a merged checkpoint or an adapter.
+
+Interrupted by Ctrl-C, SIGTERM or SIGUSR1, the same command with the same --out goes on after what was
+finished.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from secura_ds.adapter import load_adapter
 from secura_ds.backbones import load_model, load_tokenizer
 from secura_ds.errors import UserError, run_command
-from secura_ds.evaluation import evaluate
+from secura_ds.evaluation import Parts, evaluate, fingerprints
 from secura_ds.files import atomic_write_json
 from secura_ds.recipe import Recipe, load_recipe
 from secura_ds.report import evaluation_table
@@ -28,17 +32,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{options.recipe} has nothing to evaluate: give evaluation.task or evaluation.probes"
         )
     model, tokenizer = _load(recipe, options.model, options.adapter)
-    document = evaluate(model, tokenizer, recipe.evaluation, recipe.resolve_path, progress=not options.quiet)
     subject = options.model or options.adapter or recipe.backbone.model
+    parts = _parts(recipe, Path(subject), options.out) if options.out is not None else None
+    document = evaluate(
+        model, tokenizer, recipe.evaluation, recipe.resolve_path, progress=not options.quiet, parts=parts
+    )
     print(evaluation_table({"value": document}))
-    if options.out is not None:
+    if options.out is not None and parts is not None:
         atomic_write_json(options.out, {"model": str(subject), "recipe": recipe.name, **document})
+        parts.forget()
         print(f"written: {options.out}")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch/evaluate.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="launch/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("recipe", type=Path, help="recipe whose `evaluation` says what is measured")
     subject = parser.add_mutually_exclusive_group()
     subject.add_argument(
@@ -53,6 +63,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the whole document as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
+
+
+def _parts(recipe: Recipe, subject: Path, out: Path) -> Parts:
+    """What an interrupted evaluation of the same model, with the same files, had finished."""
+    evaluation = recipe.evaluation
+    paths = [source.path for source in (evaluation.task, *evaluation.probes) if source is not None]
+    inputs = {
+        "backbone": recipe.backbone.model_dump(),
+        "evaluation": evaluation.model_dump(),
+        "files": fingerprints([subject, *map(recipe.resolve_path, paths)]),
+    }
+    return Parts(out.with_name(f".{out.name}.partial"), inputs)
 
 
 def _load(

@@ -1,5 +1,6 @@
 """Measuring a model: the task it should learn, and probes of what it should keep."""
 
+from secura_ds.evaluation.parts import Parts, fingerprints
 from secura_ds.evaluation.runner import evaluate
 
-__all__ = ["evaluate"]
+__all__ = ["Parts", "evaluate", "fingerprints"]

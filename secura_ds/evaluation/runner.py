@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_ds.evaluation.choice import multiple_choice
+from secura_ds.evaluation.parts import Parts
 from secura_ds.evaluation.task import score_task
 from secura_ds.evaluation.text import text_loss
 from secura_ds.recipe import EvaluationRecipe, Probe
@@ -27,6 +29,7 @@ def evaluate(
     resolve_path: Callable[[str], Path] = Path,
     *,
     progress: bool = True,
+    parts: Parts | None = None,
 ) -> dict[str, Any]:
     """Score `model` (plain, with an adapter, or sharded) on the recipe's task and probes.
 
@@ -36,6 +39,7 @@ def evaluate(
     Args:
         resolve_path: turns a path of the recipe into a place on disk (`recipe.resolve_path`).
         progress: show progress bars (on the main process).
+        parts: keeps what is finished, and gives what an interrupted evaluation had finished.
 
     Returns:
         `{"task": {"metric", "score", "stderr", "n", "examples"} | None, "probes": {name: {"kind", ...}}}`;
@@ -47,16 +51,23 @@ def evaluate(
     """
     document: dict[str, Any] = {"task": None, "probes": {}}
     with _evaluating(model):
-        if evaluation.task is not None:
-            document["task"] = score_task(
-                model, tokenizer, evaluation.task, resolve_path, evaluation.batch_size, progress=progress
+        size = evaluation.batch_size
+        if (task := evaluation.task) is not None:
+            document["task"] = _part(
+                parts,
+                "the task",
+                lambda: score_task(model, tokenizer, task, resolve_path, size, progress=progress),
             )
         for probe in evaluation.probes:
-            name = _free_name(resolve_path(probe.path).stem, document["probes"])
-            document["probes"][name] = _run_probe(
-                model, tokenizer, probe, resolve_path(probe.path), evaluation.batch_size, progress=progress
-            )
+            path = resolve_path(probe.path)
+            name = _free_name(path.stem, document["probes"])
+            measure = partial(_run_probe, model, tokenizer, probe, path, size, progress=progress)
+            document["probes"][name] = _part(parts, f"the probe {name}", measure)
     return document
+
+
+def _part(parts: Parts | None, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return measure() if parts is None else parts.measured(name, measure)
 
 
 def _run_probe(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from evaluation_toys import byte_tokenizer, toy_model, write_jsonl
@@ -14,6 +17,8 @@ from peft import get_peft_model
 from secura_ds import SecuraConfig
 from secura_ds.adapter import save_adapter
 from secura_ds.errors import run_command
+from secura_ds.evaluation import runner
+from secura_ds.stopping import exit_status
 
 COMMAND = Path(__file__).parents[2] / "launch" / "evaluate.py"
 
@@ -98,3 +103,49 @@ def test_bad_input_is_one_line_and_status_2(
     assert run(command, recipe, *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+)
+def test_an_interrupted_evaluation_goes_on_after_what_was_finished(
+    command: SimpleNamespace,
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    status: int,
+) -> None:
+    whole, out, kept = tmp_path / "whole.json", tmp_path / "out.json", tmp_path / ".out.json.partial"
+    assert run(command, recipe, "--out", whole) == 0
+    scored: list[str] = []
+
+    def score(*arguments: Any, **more: Any) -> Any:
+        scored.append("task")
+        return score_task(*arguments, **more)
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), number)
+
+    score_task = runner.score_task
+    monkeypatch.setattr(runner, "score_task", score)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "text_loss", interrupted)
+        assert run(command, recipe, "--out", out) == exit_status(number)
+    assert not out.exists() and kept.is_file()
+    assert run(command, recipe, "--out", out) == 0
+    assert scored == ["task"] and not kept.exists()
+    assert json.loads(out.read_text()) == json.loads(whole.read_text())
+
+
+def test_parts_of_another_model_are_not_used(
+    command: SimpleNamespace, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "text_loss", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        assert run(command, recipe, "--out", out) == 75
+    other = recipe.parent / "other"
+    assert run(command, recipe, "--out", out, "--model", other) == 0
+    assert run(command, recipe, "--out", tmp_path / "fresh.json", "--model", other) == 0
+    assert json.loads(out.read_text()) == json.loads((tmp_path / "fresh.json").read_text())

@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -15,22 +16,26 @@ import make_tasks  # noqa: E402
 import order_patterns  # noqa: E402
 import order_words  # noqa: E402
 
-from secura_ds.files import read_jsonl  # noqa: E402
+from secura_ds.reading import read_rows  # noqa: E402
 
 TASKS, PROBES = ROOT / "recipes" / "tasks", ROOT / "recipes" / "probes"
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [row for _, row in read_rows(path)]
+
+
 def test_files_are_current_with_their_generators() -> None:
     train, test = make_tasks.make_task()
-    assert read_jsonl(TASKS / "orders-train.jsonl") == train
-    assert read_jsonl(TASKS / "orders-test.jsonl") == test
+    assert rows_of(TASKS / "orders-train.jsonl") == train
+    assert rows_of(TASKS / "orders-test.jsonl") == test
     key = json.dumps
-    shipped, made = read_jsonl(PROBES / "knowledge.jsonl"), list(make_probes.make_items())
+    shipped, made = rows_of(PROBES / "knowledge.jsonl"), list(make_probes.make_items())
     assert sorted(map(key, shipped)) == sorted(map(key, made))
 
 
 def test_held_out_orders_are_new_and_half_of_their_words_too() -> None:
-    train, test = (read_jsonl(TASKS / f"orders-{name}.jsonl") for name in ("train", "test"))
+    train, test = (rows_of(TASKS / f"orders-{name}.jsonl") for name in ("train", "test"))
     assert (len(train), len(test)) == (2000, 200)
     assert len({row["prompt"] for row in train + test}) == 2200
     assert not set(order_patterns.PATTERNS) & set(order_patterns.UNSEEN_PATTERNS)
@@ -41,7 +46,7 @@ def test_held_out_orders_are_new_and_half_of_their_words_too() -> None:
 
 
 def test_answers_are_strict_json_with_words_of_the_message() -> None:
-    for row in read_jsonl(TASKS / "orders-train.jsonl") + read_jsonl(TASKS / "orders-test.jsonl"):
+    for row in rows_of(TASKS / "orders-train.jsonl") + rows_of(TASKS / "orders-test.jsonl"):
         answer = json.loads(row["completion"])
         assert list(answer) == ["customer", "item", "quantity", "day"]
         assert answer["customer"] in row["prompt"] and answer["item"] in row["prompt"]
@@ -49,7 +54,7 @@ def test_answers_are_strict_json_with_words_of_the_message() -> None:
 
 
 def test_questions_are_sound_and_guessing_scores_a_quarter() -> None:
-    rows = read_jsonl(PROBES / "knowledge.jsonl")
+    rows = rows_of(PROBES / "knowledge.jsonl")
     assert len(rows) == len({row["question"] for row in rows}) == 288
     assert all(len(set(row["choices"])) == 4 for row in rows)
     places = Counter(row["answer"] for row in rows)
