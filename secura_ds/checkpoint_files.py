@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from secura_ds.errors import UserError
+from secura_ds.errors import UserError, shown
+from secura_ds.reading import read_json_object
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 INDEX_NAME = "model.safetensors.index.json"
@@ -83,7 +84,8 @@ class TensorFile:
     @property
     def metadata(self) -> dict[str, str]:
         """The free entries of the header."""
-        return dict(json.loads(self.header[8:]).get("__metadata__") or {})
+        found = json.loads(self.header[8:]).get("__metadata__")
+        return found if isinstance(found, dict) else {}
 
     def fingerprint(self) -> list[object]:
         """Size, time of change and header hash: enough to notice that the file was replaced."""
@@ -129,7 +131,7 @@ def open_tensor_file(path: Path) -> TensorFile:
     for tensor in tensors:
         if tensor.start != position:
             raise UserError(
-                f"{path} has a damaged safetensors header (gap before {tensor.name}); copy it again"
+                f"{path} has a damaged safetensors header (gap before {shown(tensor.name)}); copy it again"
             )
         position = tensor.stop
     if position != size:
@@ -148,41 +150,35 @@ def _parse(path: Path, header: bytes) -> tuple[StoredTensor, ...]:
         start, stop = (len(header) + int(offset) for offset in entry["data_offsets"])
         shape = tuple(int(n) for n in entry["shape"])
         dtype = DTYPES.get(entry["dtype"])
-        if stop < start or (dtype is not None and math.prod(shape) * dtype.itemsize != stop - start):
+        fills = dtype is None or math.prod(shape) * dtype.itemsize == stop - start
+        if stop < start or min(shape, default=0) < 0 or not fills:
             raise ValueError(f"{name}: shape {list(shape)} does not fill its bytes")
         tensors.append(StoredTensor(name, path, entry["dtype"], shape, start, stop))
     return tuple(sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)))
 
 
-def refuse_unsafe(folder: Path) -> None:
-    """Refuse a model folder that could make its reader run code or read files elsewhere.
-
-    Raises:
-        UserError: its weights are pickles only, or its index places weights outside of it.
-    """
-    if (folder / INDEX_NAME).is_file():
-        _open_indexed(folder, folder / INDEX_NAME)
-    pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
-    if pickles and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{folder} has its weights in {pickles[0]}, a pickle, which can run any code when it is read: "
-            "get the checkpoint as safetensors"
-        )
-
-
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open every safetensors file of a model folder, by its index if it has one.
 
+    Every reader of such a folder comes here first, also one that leaves the reading to a library.
+
     Raises:
-        UserError: no safetensors weights, a file is missing or damaged, or index and files disagree.
+        UserError: no safetensors weights, an adapter beside them, a file is missing or damaged, or index and
+            files disagree.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a Hugging Face checkpoint")
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{folder} holds adapter_config.json, an adapter that transformers would put on its model: "
+            "give the folder of the model alone"
+        )
     index = folder / INDEX_NAME
     if index.is_file():
         return _open_indexed(folder, index)
     if not (folder / SINGLE_NAME).is_file():
+        _refuse_pickles(folder)
         raise UserError(
             f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}; "
             "load the model with transformers and save_pretrained it to get safetensors"
@@ -191,15 +187,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, (file,), {tensor.name: tensor for tensor in file.tensors}, None)
 
 
+def _refuse_pickles(folder: Path) -> None:
+    pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+    if pickles:
+        raise UserError(
+            f"{folder} has its weights in {pickles[0]}, a pickle, which can run any code when it is read: "
+            "get the checkpoint as safetensors"
+        )
+
+
 def _open_indexed(folder: Path, index: Path) -> Checkpoint:
-    try:
-        weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{index} is not a safetensors index ({error}); copy it again") from error
+    weight_map = read_json_object(index, remedy="copy it again").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} is not a safetensors index (it has no weight_map); copy it again")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise UserError(
-                f"{index} places weights in {name!r}, which is no file beside it: do not use this "
+                f"{index} places weights in {shown(repr(name))}, which is no file beside it: do not use this "
                 "checkpoint, or fetch it again from where it was published"
             )
     files = tuple(open_tensor_file(folder / name) for name in sorted(set(weight_map.values())))
@@ -207,6 +211,7 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
     for name, file_name in weight_map.items():
         if name not in tensors or tensors[name].file.name != file_name:
             raise UserError(
-                f"{index} places {name} in {file_name}, which does not hold it; copy the checkpoint again"
+                f"{index} places {shown(name)} in {file_name}, which does not hold it; "
+                "copy the checkpoint again"
             )
     return Checkpoint(folder, files, tensors, index)

@@ -70,6 +70,6 @@ def shown(given: object, width: int = 80) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something, else the name of its kind."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The first line of an error's text that says something, redacted, else the name of its kind."""
+    lines = [line.strip() for line in redacted(str(error)).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

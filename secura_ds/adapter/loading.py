@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,6 +16,7 @@ from secura_ds import sharding
 from secura_ds.adapter.config import SecuraConfig
 from secura_ds.adapter.layer import Linear
 from secura_ds.errors import UserError
+from secura_ds.reading import read_json_object
 
 # Relative error of C against W[:, columns]. Casting to bf16 costs 0.002; another base costs above 1.
 TOLERANCE = 0.01
@@ -104,9 +105,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
             f"the adapter {folder} has no {SAFETENSORS_WEIGHTS_NAME}; other kinds of files can run code when "
             "they are read: save it with save_pretrained"
         )
+    path = folder / CONFIG_NAME
+    if read_json_object(path, remedy="copy the adapter again").get("megatron_config"):
+        raise UserError(f"{path} has megatron_config, which makes PEFT import a module by name: remove it")
     try:
         return PeftModel.from_pretrained(model, str(folder))
-    except (SafetensorError, RuntimeError) as error:  # a truncated file; another model's shapes
+    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        # A truncated file; another model's shapes; settings that PEFT does not know.
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"the adapter {folder} does not load on {model.config.name_or_path} ({reason}): "

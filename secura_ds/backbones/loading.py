@@ -31,7 +31,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from secura_ds.backbones.family import choose_attention, choose_pad_token
 from secura_ds.backbones.shipped import shipped_config
-from secura_ds.checkpoint_files import StoredTensor, open_checkpoint, refuse_unsafe
+from secura_ds.checkpoint_files import StoredTensor, open_checkpoint
 from secura_ds.embedded import embedded_checkpoint
 from secura_ds.environment import is_main_process
 from secura_ds.errors import UserError, first_line
@@ -92,7 +92,7 @@ def load_config(backbone: BackboneRecipe) -> PreTrainedConfig:
             local_files_only=refusal is not None,
             trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file makes the libraries raise anything
         if refusal is None:
             raise _cannot_load(backbone, error) from error
     logger.warning(
@@ -125,7 +125,7 @@ def load_tokenizer(backbone: BackboneRecipe) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint_of(backbone), revision=backbone.revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file makes the libraries raise anything
         raise _cannot_load(backbone, error) from error
     choose_pad_token(tokenizer, load_config(backbone))
     tokenizer.padding_side = "right"
@@ -146,7 +146,7 @@ def load_model(backbone: BackboneRecipe, *, attention: str | None = None) -> Pre
     config = load_config(backbone)
     source = Path(checkpoint_of(backbone))
     if source.is_dir():
-        refuse_unsafe(source)
+        open_checkpoint(source)
     if getattr(config, "auto_map", None):
         logger.warning(
             "%s brings code of its own (auto_map in config.json), which is not run: transformers' %s is used",
@@ -176,14 +176,20 @@ def _load_whole(backbone: BackboneRecipe, config: PreTrainedConfig, kernel: str)
             output_loading_info=True,
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,
             **options,
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, ArithmeticError, ImportError, SafetensorError) as error:
         raise _cannot_load(backbone, error) from error
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"the checkpoint {backbone.model} lacks {len(missing)} weights, the first is {missing[0]}: "
             "it is incomplete or belongs to another architecture"
+        )
+    if misshapen := sorted(key for key, *_ in loading["mismatched_keys"]):
+        raise UserError(
+            f"the checkpoint {backbone.model} has {len(misshapen)} weights of other shapes than its "
+            f"config.json says, the first is {misshapen[0]}: copy both from one place"
         )
     return model
 
@@ -225,7 +231,9 @@ def empty_model(config: PreTrainedConfig, *, dtype: torch.dtype, attention: str)
     """A model whose parameters are on the meta device and whose buffers are real, in evaluation mode."""
     # Under ZeRO-3 transformers would build whole, random weights.
     with set_quantized_state(), no_init_weights(), init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
     model.tie_weights()
     return model.eval()
 
@@ -263,7 +271,9 @@ def _cannot_load(backbone: BackboneRecipe, error: Exception) -> UserError:
             "the checkpoint, which is never run: choose a model that transformers knows"
         )
     revision = f" at revision {backbone.revision}" if backbone.revision else ""
+    remedy = "check the name, the network and, for a gated model, `hf auth login` and its licence page"
+    if Path(backbone.model).is_dir():
+        remedy = "copy the checkpoint again, or mend its files"
     return UserError(
-        f"backbone.model {backbone.model}{revision} cannot be loaded ({first_line(error)}); check the name, "
-        "the network and, for a gated model, `hf auth login` and its licence page"
+        f"backbone.model {backbone.model}{revision} cannot be loaded ({first_line(error)}); {remedy}"
     )

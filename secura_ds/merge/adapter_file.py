@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from secura_ds.adapter.saving import QUANTIZATION_KEY
-from secura_ds.checkpoint_files import StoredTensor, open_tensor_file
+from secura_ds.checkpoint_files import StoredTensor, TensorFile, open_tensor_file
 from secura_ds.errors import UserError
 from secura_ds.merge.quantization import Quantization
-from secura_ds.reading import read_json_object
+from secura_ds.reading import parse_json, read_json_object
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -90,7 +89,7 @@ def open_adapter(folder: Path) -> AdapterFile:
     modules: dict[str, Parts] = {}
     replacements: dict[str, StoredTensor] = {}
     file = open_tensor_file(folder / WEIGHTS_NAME)
-    config |= json.loads(file.metadata.get(QUANTIZATION_KEY, "{}"))
+    config |= _quantization_record(file)
     for stored in file.tensors:
         name = stored.name.removeprefix(_PREFIX)
         match = _PART.fullmatch(name)
@@ -118,6 +117,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give the folder that holds {CONFIG_NAME} and {WEIGHTS_NAME}")
     return read_json_object(path, remedy="copy the adapter again")
+
+
+def _quantization_record(file: TensorFile) -> dict[str, Any]:
+    """What the header of a LoRA's weights file says of 4-bit training."""
+    text = file.metadata.get(QUANTIZATION_KEY, "{}")
+    record = parse_json(str(text), f"{file.path}: {QUANTIZATION_KEY}", remedy="save the adapter again")
+    if not isinstance(record, dict):
+        raise UserError(f"{file.path}: {QUANTIZATION_KEY} is no JSON object; save the adapter again")
+    return record
 
 
 def _refuse_changed_base(folder: Path, config: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from secura_ds.adapter import load_adapter
 from secura_ds.checkpoint_files import Checkpoint
-from secura_ds.errors import UserError
+from secura_ds.errors import UserError, first_line
 from secura_ds.merge.adapter_file import AdapterFile
 from secura_ds.sharding import keep_exact
 
@@ -53,8 +53,8 @@ def check_strict_load(folder: Path) -> None:
     with _quiet():
         try:
             _, info = _load(folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # damaged settings make the libraries raise anything
+            reason = first_line(error)
             raise UserError(
                 f"{folder}: its model cannot be built ({reason}); mend it, or merge without the check"
             ) from error
@@ -92,11 +92,15 @@ def logit_gap(base: Checkpoint, adapter: AdapterFile, merged: Path) -> LogitGap:
 
 
 def _load(folder: Path, *, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
-    """The model of the class that config.json names."""
+    """The model of the class that config.json names, where it is one of transformers' models."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     names = config.architectures or []
-    model_class = getattr(transformers, names[0], None) if names else None
-    return (model_class or transformers.AutoModelForCausalLM).from_pretrained(folder, dtype=dtype, **options)
+    model_class: Any = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        model_class = transformers.AutoModelForCausalLM
+    return model_class.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+    )
 
 
 def _quantized(adapter: AdapterFile) -> dict[str, Any]:
@@ -114,13 +118,11 @@ def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
 def _probe_tokens(folder: Path) -> Tensor:
     """`PROBE_TEXT` as ids (1, n); the first ids of the vocabulary where the checkpoint has no tokenizer."""
     if (folder / "tokenizer_config.json").is_file():
-        ids: Tensor = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(
-            PROBE_TEXT, return_tensors="pt"
-        ).input_ids
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        ids: Tensor = tokenizer(PROBE_TEXT, return_tensors="pt").input_ids
         return ids
-    return torch.arange(
-        min(32, AutoConfig.from_pretrained(folder, trust_remote_code=False).vocab_size)
-    ).unsqueeze(0)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return torch.arange(min(32, config.vocab_size)).unsqueeze(0)
 
 
 def _device_with(needed: int) -> str | None:

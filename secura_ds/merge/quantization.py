@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secura_ds.errors import UserError
+from secura_ds.errors import UserError, shown
 
 BLOCK_SIZE = 64
 CHUNK = 2**20
@@ -40,9 +40,11 @@ class Quantization:
         kind = config.get("bnb_4bit_quant_type")
         if not config.get("load_in_4bit") or kind != "nf4":
             raise UserError(
-                f"{where}: the base was quantized as {kind or config}, only nf4 can be reproduced"
+                f"{where}: the base was quantized as {shown(kind or config)}, only nf4 can be reproduced"
             )
         name = str(config.get("bnb_4bit_compute_dtype", "bfloat16")).removeprefix("torch.")
+        if name not in ("bfloat16", "float16", "float32"):
+            raise UserError(f"{where}: bnb_4bit_compute_dtype is {shown(name)}, which is no type of weights")
         return cls(bool(config.get("bnb_4bit_use_double_quant")), getattr(torch, name))
 
     def round_trip(self, weight: Tensor) -> Tensor:

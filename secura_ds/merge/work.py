@@ -42,7 +42,11 @@ STATE_NAME = "merge.state.json"
 _TORN = ".writing"
 _CHUNK_BYTES = 2**20  # stays in a processor's cache between reading and writing
 PART_BYTES = 2**28
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx"}
+# Weights in other formats, and pickles of any kind: neither belongs to what was merged.
+_NOT_COPIED_SUFFIXES = {
+    ".safetensors", ".gguf", ".h5", ".msgpack", ".ot", ".onnx", ".bin", ".pt", ".pth", ".pkl", ".pickle",
+    ".ckpt",
+}  # fmt: skip
 _NOT_COPIED = {"README.md", "merge.json", INDEX_NAME, STATE_NAME}
 _TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
@@ -85,7 +89,7 @@ class WorkFolder:
     def copy_side_files(self, base: Checkpoint, adapter: AdapterFile) -> None:
         """Index, configuration and licence of the base, and its tokenizer unless the adapter has its own."""
         for file in base.folder.iterdir():
-            kept = file.suffix not in _WEIGHT_SUFFIXES and file.name not in _NOT_COPIED
+            kept = file.suffix not in _NOT_COPIED_SUFFIXES and file.name not in _NOT_COPIED
             if file.is_file() and kept and not file.name.startswith("."):
                 shutil.copyfile(file, self.path / file.name)
         if base.index is not None:
@@ -94,7 +98,7 @@ class WorkFolder:
         for file in (file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
             if file.is_dir():
                 shutil.copytree(file, self.path / file.name, dirs_exist_ok=True)
-            else:
+            elif file.suffix not in _NOT_COPIED_SUFFIXES:
                 shutil.copyfile(file, self.path / file.name)
 
     def verify(self, base: Checkpoint) -> None:

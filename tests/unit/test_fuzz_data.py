@@ -20,9 +20,9 @@ from fuzz_toys import as_json, broken_bytes, broken_value, fuzz, listing, well_o
 from hypothesis import strategies as st
 from training_toys import write_toy
 
-from secura_ds.data import build_datasets, load_examples
+from secura_ds.data import build_datasets
 from secura_ds.errors import UserError
-from secura_ds.recipe import Recipe, Source, load_recipe
+from secura_ds.recipe import Recipe, load_recipe
 
 ran: Counter[str] = Counter()
 valid: Counter[str] = Counter()
@@ -231,15 +231,6 @@ def test_strings_that_are_no_text_in_a_table(recipes: dict[str, Recipe]) -> None
     pyarrow.parquet.write_table(pyarrow.table({"text": raw}), path)
     with pytest.raises(UserError, match=r"fuzzed\.parquet: .*utf-8.* copy it again"):
         build_datasets(recipes["parquet"], TOKENIZER)
-
-
-def test_a_table_in_a_folder_that_is_named_like_a_column(folder: Path) -> None:
-    """Such a folder is a partition to pyarrow, and its name would become a column of the table."""
-    path = folder / "messages=spoilt" / "rows.parquet"
-    path.parent.mkdir()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS["pair"]), path)
-    (example, *_) = load_examples(Source(path=str(path)))
-    assert example.is_pair
 
 
 def test_weights_that_cannot_be_added(folder: Path) -> None:
