@@ -81,7 +81,9 @@ def _json_rows(path: Path) -> list[dict[str, Any]]:
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+        # Not `read_table`, which makes columns of folders that are called `key=value`.
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows: list[dict[str, Any]] = file.read().to_pylist()
     except Exception as error:  # of a damaged file pyarrow raises several types, Python others for its values
         raise UserError(
             f"{path}: not a Parquet file, or a damaged one ({shown(first_line(error))}); copy it again"

@@ -52,7 +52,7 @@ def step(scaler: Any, *, overflow: bool) -> float:
 def test_a_restored_scale_moves_as_the_one_it_was_taken_from(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deepspeed.runtime.fp16.loss_scaler.log_dist", lambda *_, **__: None)
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)  # it says so when it lowers its scale
     one, other = make(), make()
     for overflow in (False, True, False):
         step(one, overflow=overflow)
