@@ -154,7 +154,7 @@ def test_damaged_and_incomplete_checkpoints(checkpoint: Path) -> None:
     content = file.read_bytes()
 
     file.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match=f"backbone.model {checkpoint} cannot be loaded"):
+    with pytest.raises(UserError, match="model.safetensors is truncated or damaged"):
         load_model(backbone)
 
     del tensors["model.norm.weight"]
