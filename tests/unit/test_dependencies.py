@@ -7,7 +7,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-OWN = {"secura_ds", *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
+OWN = {"secura_ds", "launch", *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
 
 
 def _imported() -> set[str]:
