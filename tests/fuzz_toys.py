@@ -82,7 +82,7 @@ values = st.recursive(
 
 
 def fuzz(examples: int, inputs: st.SearchStrategy[T], check: Callable[[T], object]) -> None:
-    """Run `check` on as many inputs, the same in every run, however slow the machine is."""
+    """Run `check` on that many inputs: the same ones whenever the same modules are loaded."""
     count = 0
 
     @settings(

@@ -124,7 +124,7 @@ def overrides(draw: st.DrawFn) -> list[str]:
 
 def test_broken_text(folder: Path) -> None:
     fuzz(900, texts(), lambda broken: _try(folder, "text", *broken))
-    assert valid["text"] >= 20
+    assert valid["text"] >= 10
 
 
 def test_broken_structure(folder: Path) -> None:
@@ -137,7 +137,7 @@ def test_broken_overrides(folder: Path) -> None:
         _try(folder, "override", broken[0], (RECIPES / broken[0]).read_bytes(), broken[1])
 
     fuzz(900, st.tuples(names, overrides()), check)
-    assert valid["override"] >= 20
+    assert valid["override"] >= 5
 
 
 @pytest.mark.parametrize(
