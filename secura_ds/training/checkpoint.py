@@ -167,7 +167,7 @@ def damage_of(path: Path) -> str | None:
     for name in sorted(REQUIRED - files.keys()):
         return f"its manifest lacks {name}"
     for name, expected in files.items():
-        if not (path / name).is_file():
+        if Path(name).name != name or not (path / name).is_file():
             return f"{name} is missing"
         if fingerprint(path / name) != expected:
             return f"{name} was changed or cut off"

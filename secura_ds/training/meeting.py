@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from secura_ds import environment
-from secura_ds.errors import RankError, UserError
+from secura_ds.errors import RankError, UserError, first_line
 
 PATIENCE = 30.0  # seconds without an answer; while ranks arrive, since the last of them did
 GRACE = 2.0  # seconds in which every rank that is alive notices that time is up
@@ -55,6 +55,10 @@ def connect() -> None:
             "a sum over the ranks has another value than their number"
         )
         store.set(f"reduced/{environment.rank()}", "")
+    except RuntimeError as error:  # torch's own, of the store or of the group
+        raise UserError(
+            f"the ranks arrived, but could not be connected ({first_line(error)}): see the logs of the others"
+        ) from error
     finally:
         deadline.over.set()
 

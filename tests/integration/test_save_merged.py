@@ -131,7 +131,7 @@ def test_a_base_that_cannot_be_merged_is_refused_before_training(
     save_file({names[n]: t for n, t in tensors.items()}, renamed / "model.safetensors", {"format": "pt"})
     Path("taken/merged").mkdir(parents=True)
     for output, options, message in (
-        ("new", ["backbone.model=torch-only"], "torch-only holds neither model.safetensors nor"),
+        ("new", ["backbone.model=torch-only"], "torch-only has its weights in pytorch_model.bin"),
         ("new", ["backbone.model=renamed"], "does not store model.layers.0.self_attn.q_proj.weight"),
         ("taken", [], "taken/merged already exists: move it elsewhere"),
     ):
