@@ -27,7 +27,7 @@ compare: quickstart  ## the same with plain LoRA at as many trained parameters, 
 
 test: setup  ## every test (15 minutes on 2 cores); as root on Debian with a Slurm of its own
 	sh docker/slurm-packages
-	$(CPU) OMP_NUM_THREADS=1 python -m pytest tests/cluster tests/unit tests/integration --numprocesses 2 --dist loadfile
+	$(CPU) OMP_NUM_THREADS=1 python -m pytest tests/cluster tests/unit tests/integration --numprocesses 3 --dist loadfile
 	$(CPU) python -m pytest tests/distributed tests/gpu
 
 setup: .venv/.ready  ## make .venv with the pinned versions
