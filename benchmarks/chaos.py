@@ -25,23 +25,21 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from forked import HUNG, ended, ends, fork, free_port, rank_environments
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from small_run import write_inputs
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from secura_ds.errors import run_command
 from secura_ds.files import atomic_write_json
@@ -204,7 +202,8 @@ def kill_in(target: int, processes: list[int], tally: Tally) -> bool:
     victims = [random.choice(processes)] if random.random() < 0.3 else processes
     for process in victims:
         os.kill(process, signal.SIGKILL)
-    statuses = ends(processes, tally)
+    statuses = ends(processes, PATIENCE)
+    tally.hangs += statuses.count(HUNG)
     tally.kills[PHASES[found]] += 1
     return any(statuses)
 
@@ -269,10 +268,10 @@ def kill_merges(story: Story, count: int, tally: Tally) -> None:
             time.sleep(random.random() * longest)
             if not ended(process):
                 os.kill(process, signal.SIGKILL)
-                ends([process], tally)
+                tally.hangs += ends([process], PATIENCE).count(HUNG)
                 tally.kills["merging on disk"] += 1
                 bar.update()
-    if not out.is_dir() and ends([start(out)], tally) != [0]:
+    if not out.is_dir() and ends([start(out)], PATIENCE) != [0]:
         tally.different_endings.append(f"merge: {log_of(out).read_text()[-500:]}")
     text = log_of(out).read_text()
     tally.tracebacks += text.count("Traceback (most recent call last)")
@@ -301,7 +300,8 @@ def damage_checkpoints(count: int, tally: Tally) -> None:
         if random.random() < 0.2:  # the one before it, too
             damage(random.choice(list(before.iterdir())), random.choice(WAYS[:4]), newest)
         tally.damaged[way] += 1
-        statuses = ends(story.start(folder), tally)
+        statuses = ends(story.start(folder), PATIENCE)
+        tally.hangs += statuses.count(HUNG)
         text = log_of(folder).read_text()
         tally.tracebacks += text.count("Traceback (most recent call last)")
         tally.unnoticed += "damaged" not in text
@@ -328,61 +328,7 @@ def damage(path: Path, way: str, other: Path) -> None:
         path.write_bytes(content + random.randbytes(random.randint(1, 100)))
 
 
-# Processes.
-
-
-def fork(action: Callable[[], int], log: Path, environment: dict[str, str]) -> int:
-    """Run `action` in a process of its own, which says what it says to `log`; returns its number."""
-    process = os.fork()
-    if process:
-        return process
-    status = 1
-    try:
-        with log.open("ab", buffering=0) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        os.environ.update(environment)
-        status = action()
-        sys.stdout.flush()
-    except BaseException:
-        traceback.print_exc()
-        sys.stderr.flush()
-    finally:
-        os._exit(status)
-
-
-def ended(process: int) -> bool:
-    """Whether a process has ended; it is not waited for."""
-    return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def ends(processes: Sequence[int], tally: Tally | None = None) -> list[int]:
-    """Wait for processes; their statuses. One that hangs is counted, and killed."""
-    until = time.monotonic() + (PATIENCE if tally is not None else 1200)
-    while not all(map(ended, processes)) and time.monotonic() < until:
-        time.sleep(0.005)
-    for process in processes:
-        if not ended(process):
-            os.kill(process, signal.SIGKILL)
-            if tally is not None:
-                tally.hangs += 1
-    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
-
-
-def rank_environments(ranks: int, port: str) -> list[dict[str, str]]:
-    """What a launcher would tell each rank; nothing where there is one."""
-    if ranks == 1:
-        return [{}]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-    shared["LOCAL_WORLD_SIZE"] = str(ranks)
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-
-
-def free_port() -> int:
-    """A port that nothing listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+# What a process says of itself.
 
 
 def log_of(folder: Path) -> Path:
@@ -419,52 +365,6 @@ def mark_phases() -> None:
             steps.value += 1
 
     callbacks.Agreement.on_step_end = counted  # type: ignore[method-assign]
-
-
-# Inputs.
-
-RECIPE: dict[str, Any] = {
-    "name": "chaos",
-    "backbone": {"model": "backbone", "dtype": "float32"},
-    "adapter": {"method": "secura", "cur_rank": 7, "inner_rank": 9, "strategy": "M1", "fold_every": 3},
-    "data": {"sources": [{"path": "rows.jsonl"}], "max_length": 64},
-    "training": {
-        "output_dir": "run",
-        "learning_rate": 1e-3,
-        "micro_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
-        "save_steps": 5,
-        "save_total_limit": 2,
-        "logging_steps": 1,
-        "report_to": [],
-    },
-}
-ZERO3 = {
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "bf16": {"enabled": "auto"},
-    "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0},
-    "steps_per_print": 1000000,
-}
-
-
-def write_inputs(folder: Path) -> None:
-    """A backbone of a million weights, its tokenizer, a hundred examples and a recipe."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=260, num_hidden_layers=4, initializer_range=0.3, **shape)
-    LlamaForCausalLM(config).save_pretrained(folder / "backbone", max_shard_size="400KB")
-    words = ["<pad>", "<eos>", "<unk>", "add", "and", "sum", *map(str, range(200))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.save_pretrained(folder / "backbone")
-    rows = [{"prompt": f"add {i} and {i % 7}", "completion": f" sum {i + i % 7}"} for i in range(100)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "recipe.json").write_text(json.dumps(RECIPE))
-    (folder / "zero3.json").write_text(json.dumps(ZERO3))
 
 
 @contextmanager

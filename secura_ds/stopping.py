@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -31,11 +31,9 @@ def exit_status(number: int) -> int:
     return 128 + number if number == signal.SIGINT else REQUEUE
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible() -> AbstractContextManager[None]:
     """Inside the block a cluster's signal raises `Interrupted`, as Ctrl-C raises its own exception."""
-    with handled(FROM_CLUSTER, _interrupt):
-        yield
+    return handled(FROM_CLUSTER, _interrupt)
 
 
 @contextmanager

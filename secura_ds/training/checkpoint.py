@@ -35,6 +35,7 @@ from secura_ds.files import (
     atomic_write_text,
     remove_folder,
     save_tensors,
+    swap_folder,
 )
 
 logger = logging.getLogger(__name__)
@@ -59,16 +60,10 @@ class Checkpoint:
 
 
 class Draft:
-    """A checkpoint that is being written. Main process only.
+    """A checkpoint that is being written, in a folder not yet under its name. Main process only."""
 
-    Args:
-        checkpoints: the folder of all checkpoints of the run.
-        place: a folder beside them, not yet under the checkpoint's name.
-    """
-
-    def __init__(self, checkpoints: Path, place: Path) -> None:
-        self._checkpoints, self._place = checkpoints, place
-        self._files = 0
+    def __init__(self, place: Path) -> None:
+        self._place, self._files = place, 0
 
     def add_folded(self, weights: Mapping[str, Tensor]) -> None:
         """Write one more file of weights that M1 has folded, by the name of the weight in the model."""
@@ -105,7 +100,7 @@ def draft(checkpoints: Path, step: int, *, keep: int) -> Iterator[Draft]:
     """
     path = folder_of(checkpoints, step)
     with atomic_folder(path, overwrite=True, replaces=lambda: damage_of(path) is not None) as place:
-        yield Draft(checkpoints, place)
+        yield Draft(place)
     for old in _newest_first(checkpoints)[keep:]:
         remove_folder(old)
 
@@ -148,11 +143,14 @@ def latest(checkpoints: Path) -> Path | None:
     return None
 
 
-def drop_after(checkpoints: Path, step: int) -> None:
-    """Remove checkpoints of later steps than the one a run goes on from: damaged, they count no more."""
+def set_aside_after(checkpoints: Path, step: int) -> None:
+    """Rename checkpoints of later steps than the one a run goes on from to `damaged-...`.
+
+    They must not count among those that are kept; what is in them may still be of use to someone.
+    """
     for path in _newest_first(checkpoints):
         if step_of(path) > step:
-            remove_folder(path)
+            swap_folder(path, path.with_name(f"damaged-{path.name}"))
 
 
 def damage_of(path: Path) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from secura_ds.errors import UserError, first_line
+from secura_ds.errors import UserError
 from secura_ds.files import remove_left_overs
 
 logger = logging.getLogger(__name__)
@@ -43,12 +43,7 @@ def check(folder: Path, *, resume: bool, overwrite: bool, reads: Sequence[Path] 
         raise UserError(
             "--resume continues the run in the output folder, --overwrite deletes it: give one of them"
         )
-    try:
-        exists = folder.exists()
-    except (OSError, ValueError) as error:  # too long, or with a zero byte
-        what = f"{str(folder)[:80]!r} can be no folder ({first_line(error)[:80]})"
-        raise UserError(f"training.output_dir {what}: choose another") from error
-    if exists and not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise UserError(f"training.output_dir {folder} is a file: choose a folder")
     state = describe(folder)
     if state is not None and not (resume or overwrite):

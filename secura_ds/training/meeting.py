@@ -34,7 +34,7 @@ def connect() -> None:
     """
     if dist.is_initialized():
         return
-    store = PrefixStore(f"secura_ds/meeting/{environment.launcher_attempt()}", _open_store())
+    store = _keys_of_meeting(_open_store())
     _arrive(store)
     gpu = torch.cuda.is_available()
     if gpu:
@@ -82,6 +82,10 @@ def _open_store() -> TCPStore:
         ) from error
 
 
+def _keys_of_meeting(store: TCPStore) -> PrefixStore:
+    return PrefixStore(f"secura_ds/meeting/{environment.launcher_attempt()}", store)
+
+
 def _wait_for(address: str, port: int) -> None:
     until = time.monotonic() + PATIENCE
     while True:
@@ -120,23 +124,22 @@ class _Deadline(threading.Thread):
         super().__init__(name="meeting", daemon=True)
         self.over = threading.Event()
         address, port = environment.rendezvous()
+        # A connection of its own: the other one may be waiting for an answer.
         store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=PATIENCE))
-        self._store = PrefixStore(f"secura_ds/meeting/{environment.launcher_attempt()}", store)
+        self._store = _keys_of_meeting(store)
 
     def run(self) -> None:
         if self.over.wait(PATIENCE):
             return
-        answered = set[int]()
+        ranks = set(range(environment.world_size()))
         try:
             self._store.set(f"waited/{environment.rank()}", "")
             time.sleep(GRACE)
-            for rank in range(environment.world_size()):
-                if self._store.check([f"waited/{rank}"]) or self._store.check([f"reduced/{rank}"]):
-                    answered.add(rank)
+            signs = ("waited", "reduced")
+            silent = {r for r in ranks if not any(self._store.check([f"{sign}/{r}"]) for sign in signs)}
         except Exception:  # torch raises several kinds when the store is gone
-            answered = {rank for rank in range(environment.world_size()) if rank != 0}
-        silent = set(range(environment.world_size())) - answered
-        if environment.rank() == min(answered):
+            silent = {0}
+        if environment.rank() == min(ranks - silent):
             print(f"error: {_no_answer(silent) if silent else _no_sum()}", file=sys.stderr, flush=True)
         os._exit(2)
 

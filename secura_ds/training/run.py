@@ -171,7 +171,7 @@ def _open_folder(
     """Claim the output folder, and write down what is run and the text that it was calibrated on."""
     folders.claim(folder, overwrite=overwrite)
     step = files.step_of(found) if found is not None else 0
-    files.drop_after(folder / "checkpoints", step)
+    files.set_aside_after(folder / "checkpoints", step)
     for name in ("metrics.jsonl", "statistics.jsonl"):
         cut_log(folder / name, step)
     atomic_write_json(folder / "recipe.resolved.json", recipe.resolved())

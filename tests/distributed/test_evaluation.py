@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from evaluation_toys import byte_tokenizer, toy_model, write_jsonl
+from training_toys import free_port
 
 from secura_ds.evaluation import evaluate
 from secura_ds.recipe import EvaluationRecipe
@@ -32,11 +32,8 @@ def test_two_ranks_agree_with_one_process(tmp_path: Path) -> None:
         "batch_size": 2,
     }
     (tmp_path / "evaluation.json").write_text(json.dumps(recipe))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = Path(sys.executable).parent / "deepspeed"
-    command = [sys.executable, str(launcher), "--num_accelerators", "2", "--master_port", str(port)]
+    command = [sys.executable, str(launcher), "--num_accelerators", "2", "--master_port", str(free_port())]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(WORKER.parents[2])
     done = subprocess.run(

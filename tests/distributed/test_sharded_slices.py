@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import adapter_toys as toys
 import pytest
+from training_toys import free_port
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -29,11 +29,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("slices")
     # bitsandbytes' CPU kernel is at home only where blocks of 64 end with the rows.
     toys.toy_llama(intermediate_size=192).save_pretrained(folder / "base")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = str(Path(sys.executable).parent / "deepspeed")
-    command = [sys.executable, launcher, "--num_accelerators", str(RANKS), "--master_port", str(port)]
+    command = [sys.executable, launcher, "--num_accelerators", str(RANKS), "--master_port", str(free_port())]
     command += [worker.__file__, "--base", str(folder / "base"), "--out", str(folder / "found")]
     root = str(Path(worker.__file__).resolve().parents[2])
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}

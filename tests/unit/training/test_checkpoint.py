@@ -113,9 +113,13 @@ def test_what_damaged_checkpoints_of_later_steps_cost_nothing(tmp_path: Path) ->
         damage(write(tmp_path, step, keep=3) / "state.json", "removed")
     found = files.latest(tmp_path)
     assert found is not None
-    files.drop_after(tmp_path, files.step_of(found))
+    files.set_aside_after(tmp_path, files.step_of(found))
     write(tmp_path, 3, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000003"]
+    aside = ["damaged-step-000004", "damaged-step-000005"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*aside, "step-000001", "step-000003"]
+    damage(write(tmp_path, 4, keep=2) / "state.json", "removed")
+    files.set_aside_after(tmp_path, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*aside, "step-000003"]
 
 
 def test_a_whole_checkpoint_is_not_replaced_by_another_of_its_step(tmp_path: Path) -> None:
