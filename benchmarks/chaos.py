@@ -305,8 +305,9 @@ def damage_checkpoints(count: int, tally: Tally) -> None:
         text = log_of(folder).read_text()
         tally.tracebacks += text.count("Traceback (most recent call last)")
         tally.unnoticed += "damaged" not in text
-        wrong = statuses != [0] or differences(folder, story.reference)
+        wrong = differences(folder, story.reference) if statuses == [0] else [text[-500:]]
         tally.wrong_resumes += bool(wrong)
+        tally.different_endings += [f"after {victim.name} was {way}: {what}" for what in wrong]
 
 
 def damage(path: Path, way: str, other: Path) -> None:

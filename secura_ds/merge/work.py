@@ -25,7 +25,7 @@ from torch import Tensor
 
 from secura_ds.checkpoint_files import INDEX_NAME, Checkpoint, StoredTensor, TensorFile, open_tensor_file
 from secura_ds.errors import UserError
-from secura_ds.files import atomic_write_json
+from secura_ds.files import atomic_write_json, remove_left_overs
 from secura_ds.merge.adapter_file import AdapterFile
 from secura_ds.merge.edits import Edit
 from secura_ds.method.cabr import row_blocks
@@ -64,6 +64,7 @@ class WorkFolder:
         state = path / STATE_NAME
         if _read_json(state).get("inputs") == self._state["inputs"]:
             self._state = _read_json(state)
+            remove_left_overs(path)  # of a merge that was killed as it wrote: they would be published
             return
         if path.exists():
             logger.info("%s holds another merge that did not finish: beginning anew", path)

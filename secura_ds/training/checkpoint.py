@@ -7,7 +7,7 @@ A run keeps `checkpoints/factors.safetensors`, the frozen C and R, once; each `c
     folded-00001.safetensors ... weights that M1 has folded, up to a gigabyte a file
     trainer_state.json           the Trainer's own state: step, epoch, log
     state.json                   the rest: schedule, counters, random numbers of every rank
-    manifest.json                size and SHA-256 of every other file, and of the run's factors
+    manifest.json                size and SHA-256 of every other file and of the run's factors, and its own
 
 A checkpoint is written into another folder, the manifest last, and then renamed. It counts if every file is
 as the manifest says; otherwise the one before it does.
@@ -82,7 +82,7 @@ class Draft:
         atomic_write_text(self._place / TRAINER_STATE, checkpoint.trainer_state)
         files = {path.name: fingerprint(path) for path in sorted(self._place.iterdir())}
         manifest = {"format": FORMAT, "files": files, "factors": factors}
-        atomic_write_json(self._place / "manifest.json", manifest)
+        atomic_write_json(self._place / "manifest.json", {**manifest, "sha256": _digest(manifest)})
         folded = sum(size["bytes"] for name, size in files.items() if name.startswith("folded-"))
         rest = sum(size["bytes"] for size in files.values()) - folded
         return f"{rest / 1e6:.1f} MB" + (f", and {folded / 1e6:.1f} MB of folded weights" if folded else "")
@@ -157,8 +157,8 @@ def damage_of(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if every file is whole."""
     try:
         manifest = _manifest(path)
-    except (OSError, ValueError, TypeError, KeyError):
-        return "no readable manifest.json"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return "manifest.json is missing or was changed"
     if manifest["format"] != FORMAT:
         return f"of format {manifest['format']}, where this version writes {FORMAT}"
     files = manifest["files"]
@@ -222,12 +222,15 @@ def fingerprint(path: Path) -> Fingerprint:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """Format, files and factors; raises one of many errors if they cannot be read."""
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    found = {key: manifest[key] for key in ("format", "files", "factors")}
-    if not isinstance(found["files"], dict) or not isinstance(found["factors"], dict | None):
-        raise TypeError
-    return found
+    """Format, files and factors, as they were written; raises one of many errors if they were not."""
+    manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    if manifest.pop("sha256") != _digest(manifest) or not {"format", "files", "factors"} <= manifest.keys():
+        raise ValueError
+    return manifest
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _newest_first(checkpoints: Path) -> list[Path]:
