@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ from secura_ds.training.export import export, require_exportable, require_names
 from secura_ds.training.meeting import connect
 from secura_ds.training.memory import check_memory
 from secura_ds.training.model import build_model, describe_adapter, frozen_factors, trainable
+from secura_ds.training.release import release
+from secura_ds.training.strategy import Steps, Strategy
 from secura_ds.training.trainer import Trainer
 from secura_ds.training.watch import watching
 
@@ -73,12 +75,27 @@ class RunSummary:
     """What the plan said before the run; None without a memory check."""
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> RunSummary:
+@dataclass(frozen=True)
+class Stage:
+    """What makes a run one of a sequence of runs."""
+
+    start: Path | None = None
+    """Output folder of the run before: this one begins with the parameters of its last checkpoint."""
+    strategy: Strategy = field(default_factory=Strategy)
+    """What continual learning adds to training."""
+    measure: Callable[[Trainer], None] | None = None
+    """Called on all ranks once the adapter is written, with the model in memory; the same again on resume."""
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, stage: Stage | None = None
+) -> RunSummary:
     """Train what the recipe describes; every rank of a launched run calls this.
 
     Args:
         resume: go on from the newest whole checkpoint in the output folder; from the start if there is none.
         overwrite: delete the run that the output folder holds.
+        stage: the run's part in a sequence.
 
     Raises:
         UserError: anything the user can mend, the same on every rank; earlier checkpoints stay as they are.
@@ -91,7 +108,9 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> R
         connect()
     arguments = make_arguments(recipe, folder, settings)
     with watching():
-        return _train(recipe, folder, settings, arguments, began, resume=resume, overwrite=overwrite)
+        return _train(
+            recipe, folder, settings, arguments, began, stage or Stage(), resume=resume, overwrite=overwrite
+        )
 
 
 def _train(
@@ -100,6 +119,7 @@ def _train(
     settings: dict[str, Any] | None,
     arguments: SFTConfig,
     began: float,
+    stage: Stage,
     *,
     resume: bool,
     overwrite: bool,
@@ -115,14 +135,19 @@ def _train(
     preflight.check_examples(len(train_rows), recipe)
     found = on_main(lambda: _find_checkpoint(recipe, folder)) if resume else None
     planned = check_memory(recipe, train_rows, settings, calibrates=found is None)
+    data = (train_rows, validation)
     trainer = _make_trainer(
-        recipe, folder, arguments, settings, (train_rows, validation), found, base, overwrite=overwrite
+        recipe, folder, arguments, settings, data, found, base, stage, overwrite=overwrite
     )
     signals = Signals()
     agreement = _add_callbacks(trainer, recipe, folder, signals)
     with signals.watched():
         _run(trainer, found)
-        merged = _finish(trainer, folder, base, agreement) if _status(agreement) == "finished" else None
+        merged = None
+        if _status(agreement) == "finished":
+            stage.strategy.finish(trainer)
+            merged = _finish(trainer, folder, base, agreement)
+            _measure(trainer, stage, agreement)
         summary = RunSummary(
             status=_status(agreement),
             steps=trainer.state.global_step,
@@ -135,6 +160,7 @@ def _train(
             merged=merged,
         )
         on_main(lambda: atomic_write_json(folder / "run.json", asdict(summary)))
+    release(trainer)
     if summary.status == "stopped":
         raise UserError(_not_finite(trainer, recipe))
     return summary
@@ -189,25 +215,29 @@ def _make_trainer(
     data: tuple[Dataset, Dataset | None],
     found: Path | None,
     base: Path | None,
+    stage: Stage,
     *,
     overwrite: bool,
 ) -> Trainer:
     """Build the model, open the folder and put both into a Trainer that goes on from `found`."""
     checkpoints = folder / "checkpoints"
     resumed = (found, files.read(found)) if found is not None else None
-    expected = files.factors_of(found) if found is not None else None
-    whole = on_main(lambda: _factors_are_whole(checkpoints, expected))
+    start = on_main(lambda: _last_of(stage.start)) if found is None else None
+    earlier = found or start
+    expected = files.factors_of(earlier) if earlier is not None else None
+    kept_in = earlier.parent if earlier is not None else checkpoints
+    whole = on_main(lambda: _factors_are_whole(kept_in, expected))
     calibrations: list[Calibration] = []
     model, tokenizer = build_model(
         recipe,
         device=arguments.device,
         sharded=settings is not None,
         on_calibration=calibrations.append,
-        factors=files.read_factors(checkpoints, expected) if resumed is not None and whole else None,
+        factors=files.read_factors(kept_in, expected) if earlier is not None and whole else None,
     )
     logger.info("%s", describe_adapter(model, recipe))
     if not whole and expected is not None:
-        on_main(lambda: files.mend_factors(checkpoints, frozen_factors(model), expected))
+        on_main(lambda: files.mend_factors(kept_in, frozen_factors(model), expected))
     if base is not None:
         on_main(lambda: require_names(model, base))
     # Only now is an earlier run deleted: what the recipe asks for fits the backbone.
@@ -222,6 +252,8 @@ def _make_trainer(
         keep=recipe.training.save_total_limit,
         reentrant=preflight.reentrant_checkpointing(settings),
         resumed=resumed,
+        start=start,
+        strategy=stage.strategy,
     )
     if resumed is None:
         trainer.factors = on_main(lambda: files.write_factors(checkpoints, frozen_factors(model)))
@@ -230,6 +262,16 @@ def _make_trainer(
         states.check_batch(state, trainer.batch_over_all_ranks, recipe.training.micro_batch_size)
         trainer.factors = expected
     return trainer
+
+
+def _last_of(folder: Path | None) -> Path | None:
+    """The last checkpoint of the run before in a sequence."""
+    if folder is None:
+        return None
+    found = files.latest(folder / "checkpoints")
+    if found is None:
+        raise UserError(f"{folder} has no whole checkpoint to go on from: delete it, to train it again")
+    return found
 
 
 def _factors_are_whole(checkpoints: Path, expected: files.Fingerprint | None) -> bool:
@@ -243,6 +285,7 @@ def _add_callbacks(trainer: Trainer, recipe: Recipe, folder: Path, signals: Sign
     trainer.remove_callback(PrinterCallback)
     agreement = Agreement(trainer, signals)
     trainer.add_callback(agreement)
+    trainer.add_callback(Steps(trainer.strategy))
     config = trainer.model.peft_config["default"]
     if isinstance(config, SecuraConfig):
         trainer.add_callback(Folding(folder, config.fold_every))
@@ -293,6 +336,22 @@ def _finish(trainer: Trainer, folder: Path, base: Path | None, agreement: Agreem
         with suppress(StopRequested):
             return export(model, trainer.args, base, folder, agreement).out
     return None
+
+
+def _measure(trainer: Trainer, stage: Stage, agreement: Agreement) -> None:
+    """Have the sequence measure the model; a signal ends that within a forward pass."""
+    if stage.measure is None:
+        return
+
+    def ask(*_: Any) -> None:
+        agreement.stop_if_asked(trainer.args.device)
+
+    handle = trainer.model.register_forward_pre_hook(ask)
+    try:
+        with suppress(StopRequested):
+            stage.measure(trainer)
+    finally:
+        handle.remove()
 
 
 def _check_adapter(folder: Path, trained: int) -> None:
