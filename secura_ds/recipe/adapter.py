@@ -132,3 +132,6 @@ class LoraAdapter(AdapterTargets):
     """The update is scaled by alpha / rank."""
     dropout: Fraction = 0.0
     """Dropout on the adapter's input."""
+
+
+Adapter = Annotated[SecuraAdapter | LoraAdapter, Field(discriminator="method")]

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from secura_ds.embedded import EMBEDDED
 from secura_ds.errors import redacted
-from secura_ds.recipe.adapter import LoraAdapter, SecuraAdapter
+from secura_ds.recipe.adapter import Adapter, SecuraAdapter
 from secura_ds.recipe.base import RULE, File, Fraction, PositiveFloat, PositiveInt, Section, Seed, find_path
 
 _HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
@@ -151,15 +151,14 @@ class DataRecipe(Section):
         return value
 
 
-class TrainingRecipe(Section):
-    """How it is learnt."""
+OutputFolder = Annotated[str, Field(min_length=1), AfterValidator(_output_folder)]
 
-    output_dir: Annotated[str, Field(min_length=1), AfterValidator(_output_folder)]
-    """Folder of the run, relative to the current folder."""
+
+class StageTraining(Section):
+    """How it is learnt, but for what the stages of a task sequence differ in."""
+
     deepspeed: File | None = None
     """DeepSpeed configuration; null trains on one device without it."""
-    learning_rate: PositiveFloat
-    """Peak learning rate."""
     epochs: PositiveFloat | None = None
     """Passes over the data; exactly one of `epochs` and `max_steps` is set."""
     max_steps: PositiveInt | None = None
@@ -186,14 +185,8 @@ class TrainingRecipe(Section):
     """Keep activations in host memory between the forward and the backward pass: less GPU memory, slower."""
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
     """What happens before anything is loaded if the plan says that the run does not fit."""
-    save_merged: bool = False
-    """Also write the merged checkpoint, `merged/` in the output folder, when training ends."""
-    seed: Seed = 0
-    """Seed of the adapter and of the order of examples."""
     logging_steps: PositiveInt = 10
     """Steps between lines of the log."""
-    eval_steps: PositiveInt | None = None
-    """Steps between validations; null validates at the end only."""
     save_steps: PositiveInt | None = None
     """Steps between checkpoints; null saves at the end only."""
     save_total_limit: PositiveInt = 2
@@ -214,6 +207,21 @@ class TrainingRecipe(Section):
         if value > 0 and info.data.get("scheduler") == "constant":
             raise ValueError('scheduler "constant" has no warmup: use "constant_with_warmup" or 0')
         return value
+
+
+class TrainingRecipe(StageTraining):
+    """How it is learnt."""
+
+    output_dir: OutputFolder
+    """Folder of the run, relative to the current folder."""
+    learning_rate: PositiveFloat
+    """Peak learning rate."""
+    save_merged: bool = False
+    """Also write the merged checkpoint, `merged/` in the output folder, when training ends."""
+    seed: Seed = 0
+    """Seed of the adapter and of the order of examples."""
+    eval_steps: PositiveInt | None = None
+    """Steps between validations; null validates at the end only."""
 
 
 class Task(Section):
@@ -261,7 +269,7 @@ class Recipe(Section):
     description: str = ""
     """What it is for and what it needs."""
     backbone: BackboneRecipe
-    adapter: Annotated[SecuraAdapter | LoraAdapter, Field(discriminator="method")]
+    adapter: Adapter
     data: DataRecipe
     training: TrainingRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
@@ -270,18 +278,8 @@ class Recipe(Section):
 
     @field_validator("adapter")
     @classmethod
-    def _m1_needs_whole_weights(
-        cls, value: SecuraAdapter | LoraAdapter, info: ValidationInfo
-    ) -> SecuraAdapter | LoraAdapter:
-        backbone = info.data.get("backbone")
-        quantized = backbone is not None and backbone.quantization is not None
-        if quantized and isinstance(value, SecuraAdapter) and value.strategy == "M1":
-            raise PydanticCustomError(
-                RULE,
-                'adapter.strategy is "M1", which rewrites the weights, but backbone.quantization keeps them '
-                'in 4 bits, where an update smaller than a quantization step would vanish: use "M2", or '
-                "quantization null",
-            )
+    def _m1_needs_whole_weights(cls, value: Adapter, info: ValidationInfo) -> Adapter:
+        refuse_m1_on_4_bit(value, info.data.get("backbone"), "adapter")
         return value
 
     @field_validator("training")
@@ -315,5 +313,22 @@ class Recipe(Section):
 
         Credentials in URLs, in the description say, are redacted: this is what a run writes down.
         """
-        settings = self.model_dump(mode="json", exclude={"schema_"})
-        return dict(json.loads(redacted(json.dumps(settings))))
+        return settings_of(self)
+
+
+def settings_of(recipe: Section) -> dict[str, Any]:
+    """All values of a recipe, without the schema's path and with credentials redacted. JSON-able."""
+    settings = recipe.model_dump(mode="json", exclude={"schema_"})
+    return dict(json.loads(redacted(json.dumps(settings))))
+
+
+def refuse_m1_on_4_bit(adapter: Adapter, backbone: BackboneRecipe | None, where: str) -> None:
+    """Raise pydantic's error of a rule between sections if `adapter`, at `where`, would fold into 4 bits."""
+    quantized = backbone is not None and backbone.quantization is not None
+    if quantized and isinstance(adapter, SecuraAdapter) and adapter.strategy == "M1":
+        raise PydanticCustomError(
+            RULE,
+            f'{where}.strategy is "M1", which rewrites the weights, but backbone.quantization keeps them '
+            'in 4 bits, where an update smaller than a quantization step would vanish: use "M2", or '
+            "quantization null",
+        )

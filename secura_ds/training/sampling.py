@@ -1,4 +1,4 @@
-"""Which examples a step takes: a random draw of the task's, and with replay one of earlier tasks' beside it."""
+"""Which examples a step takes: a random draw of the task's and, with replay, one of earlier tasks'."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ class StepSampler(BatchRebalanceSampler):
         self._all_lengths = [len(ids) for ids in rows["input_ids"]]
         self._replay = replay
         own = len(rows) - (len(replay.rows) if replay is not None else 0)
-        super().__init__(
-            self._all_lengths[:own], batch, ranks, passes, seed=seed, rank=rank, drop_last=False
-        )
+        super().__init__(self._all_lengths[:own], batch, ranks, passes, seed=seed, rank=rank, drop_last=False)
 
     def __iter__(self) -> Iterator[list[int]]:
         self._generator = torch.Generator().manual_seed(self.seed + self.epoch + _OTHER_DRAWS)
@@ -75,7 +73,10 @@ def with_replay(rows: Dataset, replay: Replay | None) -> Dataset:
     return concatenate_datasets(list(marked))
 
 
-def marking(collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+
+
+def marking(collate: Collator) -> Collator:
     """A collator that also says which rows of the batch are replayed, where rows say so."""
 
     def collate_marked(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -103,9 +103,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, folded: Iterable[tuple[str
     trainer.strategy.restore(own)
 
 
-def restore_weights(
-    model: PeftModel, checkpoint: Checkpoint, folded: Iterable[tuple[str, Tensor]]
-) -> None:
+def restore_weights(model: PeftModel, checkpoint: Checkpoint, folded: Iterable[tuple[str, Tensor]]) -> None:
     """Put what a checkpoint holds of the model into it: trained parameters, U and folded weights. Collective.
 
     Args:

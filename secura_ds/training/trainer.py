@@ -27,7 +27,7 @@ from secura_ds.training import checkpoint as files
 from secura_ds.training import state as states
 from secura_ds.training.checkpoint import Checkpoint
 from secura_ds.training.model import trainable
-from secura_ds.training.sampling import REPLAYED, StepSampler, marking, with_replay
+from secura_ds.training.sampling import REPLAYED, Collator, StepSampler, marking, with_replay
 from secura_ds.training.strategy import Strategy
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,8 @@ class Trainer(SFTTrainer):
         start: or a checkpoint of an earlier run, whose parameters this one begins with.
         strategy: what continual learning adds.
     """
+
+    data_collator: Collator
 
     def __init__(
         self,
