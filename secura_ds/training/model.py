@@ -55,7 +55,7 @@ def build_model(
     if is_deepspeed_zero3_enabled():
         sharding.assert_partitioned(model)
     if device is not None:
-        _to_device(model, device)
+        to_device(model, device)
     if isinstance(config, SecuraConfig):
         if factors is not None:
             config.factors_saved = True
@@ -153,12 +153,13 @@ def _put_adapter(model: PreTrainedModel, config: PeftConfig, *, autocast: bool) 
     return adapted
 
 
-def _to_device(model: PreTrainedModel, device: torch.device) -> None:
+def to_device(model: PreTrainedModel, device: torch.device) -> None:
+    """Bring a model to `device`; of a partitioned one the buffers, as DeepSpeed places the weights."""
     if not is_deepspeed_zero3_enabled():
         if not getattr(model, "is_loaded_in_4bit", False):  # those are where they were quantized
             model.to(device)
         return
-    # DeepSpeed places the weights; buffers are plain tensors that calibration needs beside them.
+    # Plain tensors that a forward pass needs beside the weights.
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from secura_ds.training.trainer import Trainer
+from torch import Tensor, nn
 
 
-def release(trainer: Trainer) -> None:
-    """Empty every tensor of the model and of the optimizer.
+def release(model: nn.Module, optimizer: Any = None) -> None:
+    """Empty every tensor of the model and of the optimizer (torch's or DeepSpeed's, maybe in accelerate's).
 
     DeepSpeed keeps models and engines of earlier runs alive for ever; what they hold on to is then small.
     """
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    for tensor in (*_of_model(trainer), *_of_optimizer(optimizer)):
+    own = getattr(optimizer, "optimizer", optimizer)
+    for tensor in (*_of_model(model), *_of_optimizer(own)):
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _of_model(trainer: Trainer) -> Iterator[Tensor]:
-    for tensor in (*trainer.model.parameters(), *trainer.model.buffers()):
+def _of_model(model: nn.Module) -> Iterator[Tensor]:
+    for tensor in (*model.parameters(), *model.buffers()):
         tensor.grad = None
         yield tensor
         if hasattr(tensor, "ds_tensor"):

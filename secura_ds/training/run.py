@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
@@ -16,7 +15,6 @@ from safetensors import safe_open
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
-from trl import SFTConfig
 
 from secura_ds import environment
 from secura_ds.adapter import SecuraConfig, fold, save_adapter
@@ -33,7 +31,6 @@ from secura_ds.training import checkpoint as files
 from secura_ds.training import folder as folders
 from secura_ds.training import preflight
 from secura_ds.training import state as states
-from secura_ds.training.arguments import make_arguments
 from secura_ds.training.callbacks import (
     PATIENCE,
     Agreement,
@@ -41,19 +38,23 @@ from secura_ds.training.callbacks import (
     Log,
     Signals,
     StopRequested,
+    asking,
     cut_log,
     peak_memory,
 )
 from secura_ds.training.export import export, require_exportable, require_names
-from secura_ds.training.meeting import connect
 from secura_ds.training.memory import check_memory
 from secura_ds.training.model import build_model, describe_adapter, frozen_factors, trainable
 from secura_ds.training.release import release
+from secura_ds.training.session import Session, session
 from secura_ds.training.strategy import Steps, Strategy
 from secura_ds.training.trainer import Trainer
-from secura_ds.training.watch import watching
 
 logger = logging.getLogger(__name__)
+
+
+class Diverged(UserError):
+    """The loss stayed not finite."""
 
 
 @dataclass(frozen=True)
@@ -101,23 +102,15 @@ def train(
         UserError: anything the user can mend, the same on every rank; earlier checkpoints stay as they are.
     """
     began = time.perf_counter()
-    preflight.check_machine(recipe)
     folder = Path(recipe.training.output_dir).absolute()
-    settings = preflight.deepspeed_settings(recipe)
-    if settings is not None:
-        connect()
-    arguments = make_arguments(recipe, folder, settings)
-    with watching():
-        return _train(
-            recipe, folder, settings, arguments, began, stage or Stage(), resume=resume, overwrite=overwrite
-        )
+    with session(recipe, folder) as opened:
+        return _train(recipe, folder, opened, began, stage or Stage(), resume=resume, overwrite=overwrite)
 
 
 def _train(
     recipe: Recipe,
     folder: Path,
-    settings: dict[str, Any] | None,
-    arguments: SFTConfig,
+    opened: Session,
     began: float,
     stage: Stage,
     *,
@@ -125,7 +118,6 @@ def _train(
     overwrite: bool,
 ) -> RunSummary:
     """`train`, once the ranks are connected."""
-    preflight.limit_threads()
     on_main(lambda: folders.check(folder, resume=resume, overwrite=overwrite, reads=_reads(recipe)))
     base = None
     if recipe.training.save_merged:
@@ -134,11 +126,11 @@ def _train(
     train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
     preflight.check_examples(len(train_rows), recipe)
     found = on_main(lambda: _find_checkpoint(recipe, folder)) if resume else None
-    planned = check_memory(recipe, train_rows, settings, calibrates=found is None)
-    data = (train_rows, validation)
-    trainer = _make_trainer(
-        recipe, folder, arguments, settings, data, found, base, stage, overwrite=overwrite
+    planned = check_memory(
+        recipe, train_rows, opened.settings, calibrates=found is None and stage.start is None
     )
+    data = (train_rows, validation)
+    trainer = _make_trainer(recipe, folder, opened, data, found, base, stage, overwrite=overwrite)
     signals = Signals()
     agreement = _add_callbacks(trainer, recipe, folder, signals)
     with signals.watched():
@@ -160,9 +152,9 @@ def _train(
             merged=merged,
         )
         on_main(lambda: atomic_write_json(folder / "run.json", asdict(summary)))
-    release(trainer)
+    release(trainer.model, trainer.optimizer)
     if summary.status == "stopped":
-        raise UserError(_not_finite(trainer, recipe))
+        raise Diverged(_not_finite(trainer, recipe))
     return summary
 
 
@@ -210,8 +202,7 @@ def _open_folder(
 def _make_trainer(
     recipe: Recipe,
     folder: Path,
-    arguments: SFTConfig,
-    settings: dict[str, Any] | None,
+    opened: Session,
     data: tuple[Dataset, Dataset | None],
     found: Path | None,
     base: Path | None,
@@ -230,8 +221,8 @@ def _make_trainer(
     calibrations: list[Calibration] = []
     model, tokenizer = build_model(
         recipe,
-        device=arguments.device,
-        sharded=settings is not None,
+        device=opened.arguments.device,
+        sharded=opened.settings is not None,
         on_calibration=calibrations.append,
         factors=files.read_factors(kept_in, expected) if earlier is not None and whole else None,
     )
@@ -245,12 +236,12 @@ def _make_trainer(
     calibrations.clear()  # the factors are in the model
     trainer = Trainer(
         model,
-        arguments,
+        opened.arguments,
         tokenizer,
         *data,
         checkpoints=checkpoints,
         keep=recipe.training.save_total_limit,
-        reentrant=preflight.reentrant_checkpointing(settings),
+        reentrant=preflight.reentrant_checkpointing(opened.settings),
         resumed=resumed,
         start=start,
         strategy=stage.strategy,
@@ -340,18 +331,9 @@ def _finish(trainer: Trainer, folder: Path, base: Path | None, agreement: Agreem
 
 def _measure(trainer: Trainer, stage: Stage, agreement: Agreement) -> None:
     """Have the sequence measure the model; a signal ends that within a forward pass."""
-    if stage.measure is None:
-        return
-
-    def ask(*_: Any) -> None:
-        agreement.stop_if_asked(trainer.args.device)
-
-    handle = trainer.model.register_forward_pre_hook(ask)
-    try:
-        with suppress(StopRequested):
+    if stage.measure is not None:
+        with suppress(StopRequested), asking(trainer.model, agreement.stop_if_asked, trainer.args.device):
             stage.measure(trainer)
-    finally:
-        handle.remove()
 
 
 def _check_adapter(folder: Path, trained: int) -> None:
