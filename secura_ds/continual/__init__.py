@@ -1,0 +1,1 @@
+"""A sequence of tasks, trained one after the other: what was learnt, what was forgotten."""
