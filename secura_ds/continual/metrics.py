@@ -293,10 +293,10 @@ def _probe_metrics(
     difference = change(old, new) if old and new else None
     if probe["kind"] == "text_loss":
         return {"change": difference}
-    chance = probe.get("chance") or 0.0
+    chance = probe.get("chance")
     return {
         "change": difference,
-        "retention": retention(old, new, chance) if old and new else None,
+        "retention": retention(old, new, chance) if old and new and chance is not None else None,
         "raw_ratio": retention(old, new) if old and new else None,
     }
 
