@@ -4,7 +4,7 @@
     python launch/continual.py recipes/continual/NAME.json       one process, one GPU or the CPU
 
 After each task every task and every retention probe is scored. The same command with --resume goes on after
-what is finished, also after a kill; a recipe may have gained methods, learning rates, orders or seeds by then.
+what is finished, also after a kill; a recipe may have gained methods, learning rates, orders or seeds since.
 After SIGTERM or SIGUSR1, which a cluster sends, the exit status is 75.
 """
 

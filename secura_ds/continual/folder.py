@@ -33,7 +33,7 @@ def check(recipe: SequenceRecipe, folder: Path, *, resume: bool, overwrite: bool
     """
     if resume and overwrite:
         raise UserError(
-            "--resume continues the sequences in the output folder, --overwrite deletes them: give one of them"
+            "--resume continues what is in the output folder, --overwrite deletes it: give one of them"
         )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir {folder} is a file: choose a folder")
@@ -84,6 +84,8 @@ def _check_same_recipe(earlier: Path, settings: dict[str, Any]) -> None:
 
 
 def _conflicts(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    old: Any
+    new: Any
     for key in sorted(before.keys() | after.keys()):
         old, new = before.get(key), after.get(key)
         if key in _FREE or old == new:

@@ -1,4 +1,4 @@
-"""The examples of the tasks, written once into the results folder: every sequence learns the very same ones."""
+"""The examples of the tasks, written once into the results folder: every sequence learns the same ones."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def _write(path: Path, examples: Sequence[Example]) -> None:
         atomic_write_text(path, text)
     elif path.read_text(encoding="utf-8") != text:
         raise UserError(
-            f"{path} holds other examples than the task has now: restore the task's files, or start anew with "
-            "--overwrite"
+            f"{path} holds other examples than the task has now: restore the task's files, or start anew "
+            "with --overwrite"
         )
 
 

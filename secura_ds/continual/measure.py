@@ -38,32 +38,35 @@ def measure(
     """
     settings = recipe.evaluation
     parts = Parts(out.with_name(f".{out.name}.partial"), settings.model_dump(mode="json"))
-    loss = partial(
-        answer_loss, model, tokenizer, max_length=recipe.data.max_length, batch_size=settings.batch_size
-    )
+    loss = partial(_loss, model, tokenizer, recipe)
     document: dict[str, Any] = {"tasks": {}, "probes": {}}
     for task in tasks:
-        files = task_files(folder, task.name)
-        found = parts.measured(
-            f"the loss of {task.name}",
-            lambda files=files, name=task.name: loss(_examples(files.held_out), title=f"{name}: loss"),
-        )
-        found |= parts.measured(
-            f"the task {task.name}",
-            partial(_score, model, tokenizer, task, recipe),
-        )
+        held_out = partial(loss, task_files(folder, task.name).held_out, f"{task.name}: loss")
+        found = parts.measured(f"the loss of {task.name}", held_out)
+        score = partial(_score, model, tokenizer, task, recipe)
+        found |= parts.measured(f"the task {task.name}", score)
         document["tasks"][task.name] = found
     if learnt is not None:
-        held_back = task_files(folder, learnt).validation
-        found = parts.measured(
-            f"the validation loss of {learnt}",
-            lambda: loss(_examples(held_back), title=f"{learnt}: validation loss"),
-        )
+        held_back = partial(loss, task_files(folder, learnt).validation, f"{learnt}: validation loss")
+        found = parts.measured(f"the validation loss of {learnt}", held_back)
         document["validation_loss"] = found["loss"]
     probes = EvaluationRecipe(probes=settings.probes, batch_size=settings.batch_size)
     document["probes"] = evaluate(model, tokenizer, probes, recipe.resolve_path, parts=parts)["probes"]
     on_main(lambda: atomic_write_json(out, document))
     parts.forget()
+
+
+def _loss(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: SequenceRecipe, path: Path, title: str
+) -> dict[str, Any]:
+    return answer_loss(
+        model,
+        tokenizer,
+        load_examples(Source(path=str(path))),
+        max_length=recipe.data.max_length,
+        batch_size=recipe.evaluation.batch_size,
+        title=title,
+    )
 
 
 def _score(
@@ -75,7 +78,3 @@ def _score(
     return score_tasks(
         model, tokenizer, [task], max_items=settings.max_items, batch_size=settings.batch_size
     )[task.name]
-
-
-def _examples(path: Path) -> list[Any]:
-    return load_examples(Source(path=str(path)))

@@ -1,11 +1,11 @@
 """Where the parts of a results folder lie, and what they are called.
 
-    recipe.resolved.json, environment.json, continual.json, report.html
-    tasks/<task>.train.jsonl, .validation.jsonl, .held-out.jsonl     what is learnt and scored
-    before.json                                                      the untouched backbone
-    sequences/<label>/stages/01-<task>/                              a run folder of each task
-    sequences/<label>/scores/01-<task>.json                          what was measured after it
-    sequences/<label>/strategy/01-<task>.buffer.jsonl, .safetensors  what the strategy carries on
+recipe.resolved.json, environment.json, continual.json, report.html
+tasks/<task>.train.jsonl, .validation.jsonl, .held-out.jsonl     what is learnt and scored
+before.json                                                      the untouched backbone
+sequences/<label>/stages/01-<task>/                              a run folder of each task
+sequences/<label>/scores/01-<task>.json                          what was measured after it
+sequences/<label>/strategy/01-<task>.buffer.jsonl, .safetensors  what the strategy carries on
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class TaskFiles:
 def task_files(folder: Path, task: str) -> TaskFiles:
     """The files of a task in a results folder."""
     name = folder / "tasks" / task
-    return TaskFiles(*(name.with_name(f"{task}.{part}.jsonl") for part in ("train", "validation", "held-out")))
+    return TaskFiles(
+        *(name.with_name(f"{task}.{part}.jsonl") for part in ("train", "validation", "held-out"))
+    )
 
 
 @dataclass(frozen=True)

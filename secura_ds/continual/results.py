@@ -1,4 +1,4 @@
-"""`continual.json`: what all sequences of a results folder have measured so far (docs/continual-results.md)."""
+"""`continual.json`: what the sequences of a results folder have measured (docs/continual-results.md)."""
 
 from __future__ import annotations
 
@@ -108,9 +108,7 @@ def _shown(scores: dict[str, Any]) -> dict[str, Any]:
     for name, found in scores["probes"].items():
         value = found["score"] if "score" in found else found["mean_token_loss"]
         probes[name] = {"score": value, "stderr": found["stderr"]}
-    tasks = {
-        name: {key: found.get(key) for key in _OF_TASKS} for name, found in scores["tasks"].items()
-    }
+    tasks = {name: {key: found.get(key) for key in _OF_TASKS} for name, found in scores["tasks"].items()}
     return {"tasks": tasks, "probes": probes}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -73,8 +74,7 @@ def run_sequences(
             finished += signal is None
         except Diverged as error:
             logger.warning("%s: %s", sequence.label, error)
-            mark = sequence_folder(folder, sequence) / "diverged.json"
-            on_main(lambda mark=mark, why=str(error): atomic_write_json(mark, {"reason": why}))
+            on_main(partial(atomic_write_json, _mark(folder, sequence), {"reason": str(error)}))
             diverged += 1
         on_main(lambda: write_results(recipe, tasks, folder))
     return SequencesSummary(len(sequences), finished, diverged, signal)
@@ -114,8 +114,8 @@ def _run_sequence(
 ) -> int | None:
     """Train and measure the tasks of a sequence that are not finished; the signal that interrupted it."""
     places = [stage_places(folder, sequence, number) for number in range(len(sequence.order))]
-    if on_main((sequence_folder(folder, sequence) / "diverged.json").is_file):
-        raise Diverged("has diverged before")
+    if on_main(_mark(folder, sequence).is_file):
+        raise Diverged("it has diverged before")
     for number, place in enumerate(places):
         if on_main(place.scores.is_file):
             continue
@@ -132,13 +132,18 @@ def _run_sequence(
             strategy=make_strategy(recipe, sequence, number, folder, tokenizer),
             measure=measured,
         )
-        begun = on_main(lambda run=place.run: runs.describe(run) is not None)
+        begun = on_main(partial(runs.describe, place.run)) is not None
         summary = train(stage_recipe(recipe, sequence, number, folder), resume=begun, stage=stage)
         if summary.signal is not None:
             return summary.signal
-        on_main(lambda number=number: _tidy(places, number))
+        on_main(partial(_tidy, places, number))
         on_main(lambda: write_results(recipe, tasks, folder))
     return None
+
+
+def _mark(folder: Path, sequence: Sequence) -> Path:
+    """The file that says why a sequence ended before its last task."""
+    return sequence_folder(folder, sequence) / "diverged.json"
 
 
 def _tidy(places: Sequences[StagePlaces], number: int) -> None:

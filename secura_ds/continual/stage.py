@@ -90,7 +90,9 @@ def make_strategy(
         )
     if isinstance(settings, ElasticWeights):
         anchors = strategies.Anchors.from_tensors(load_file(before.anchors)) if before is not None else None
-        return strategies.ElasticWeights(settings.penalty, anchors, settings.decay if settings.online else None)
+        return strategies.ElasticWeights(
+            settings.penalty, anchors, settings.decay if settings.online else None
+        )
     return Strategy()
 
 
@@ -141,13 +143,15 @@ def _rows(
     return rows
 
 
-def carry_on(
-    recipe: SequenceRecipe, sequence: Sequence, number: int, folder: Path, trainer: Trainer
-) -> None:
+def carry_on(recipe: SequenceRecipe, sequence: Sequence, number: int, folder: Path, trainer: Trainer) -> None:
     """Write down what the strategy needs of this task for those after it. Collective."""
     settings, strategy = sequence.entry.strategy, trainer.strategy
     last = number == len(sequence.order) - 1
-    if last or not isinstance(settings, ElasticWeights) or not isinstance(strategy, strategies.ElasticWeights):
+    if (
+        last
+        or not isinstance(settings, ElasticWeights)
+        or not isinstance(strategy, strategies.ElasticWeights)
+    ):
         return
     path = stage_places(folder, sequence, number).anchors
     if on_main(path.is_file):

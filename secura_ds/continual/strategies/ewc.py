@@ -171,9 +171,7 @@ def _negative_log_likelihood(trainer: Trainer, row: Mapping[str, Any]) -> Tensor
     ids = torch.tensor([row["input_ids"]], device=device)
     targets = F.pad(torch.tensor([row["labels"]], device=device)[:, 1:], (0, 1), value=IGNORED)
     if trainer.summed_loss:
-        loss: Tensor = trainer.model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), targets=targets, use_cache=False
-        )
+        loss: Tensor = trainer.model(input_ids=ids, attention_mask=torch.ones_like(ids), targets=targets)
         return loss
     logits = trainer.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return F.cross_entropy(logits[0].float(), targets[0], ignore_index=IGNORED, reduction="sum")

@@ -64,7 +64,7 @@ class Entry:
 
     @cached_property
     def metrics_given_before(self) -> list[dict[str, Any]]:
-        """The same with the backbone's scores taken as exact: what is left when entries of it are compared."""
+        """The same with the backbone's scores taken as exact: what is left when entries are compared."""
         return self._metrics(_exact(self.home.results.before.model_dump()))
 
     def _metrics(self, before: dict[str, Any]) -> list[dict[str, Any]]:
