@@ -77,13 +77,18 @@ def _sequence(
         "settings": sequence.entry.adapter.model_dump(mode="json"),
         "strategy_settings": sequence.entry.strategy.model_dump(mode="json"),
         "folder": str(sequence_folder(folder, sequence).relative_to(folder)),
-        "status": _status([finished]),
+        "status": "diverged" if diverged_mark(folder, sequence).is_file() else _status([finished]),
         "trainable_parameters": run.get("trainable_parameters"),
         "buffer_examples": max(map(_lines, buffers), default=0),
         "buffer_bytes": max((path.stat().st_size for path in buffers), default=0),
         "stages": stages,
         "metrics": sequence_metrics(before, stages, tasks, probes, sequence.order) if finished else None,
     }
+
+
+def diverged_mark(folder: Path, sequence: Sequence) -> Path:
+    """The file that says why a sequence ended before its last task."""
+    return sequence_folder(folder, sequence) / "diverged.json"
 
 
 def _stage(task: str, place: StagePlaces) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from secura_ds.backbones import load_model, load_tokenizer
 from secura_ds.continual import folder as folders
 from secura_ds.continual.material import write_material
 from secura_ds.continual.measure import measure
-from secura_ds.continual.places import StagePlaces, sequence_folder, stage_places
-from secura_ds.continual.results import write_results
+from secura_ds.continual.places import StagePlaces, stage_places
+from secura_ds.continual.results import diverged_mark, write_results
 from secura_ds.continual.stage import carry_on, make_strategy, stage_recipe
 from secura_ds.files import atomic_write_json, remove_folder
 from secura_ds.ranks import on_main
@@ -74,7 +74,7 @@ def run_sequences(
             finished += signal is None
         except Diverged as error:
             logger.warning("%s: %s", sequence.label, error)
-            on_main(partial(atomic_write_json, _mark(folder, sequence), {"reason": str(error)}))
+            on_main(partial(atomic_write_json, diverged_mark(folder, sequence), {"reason": str(error)}))
             diverged += 1
         on_main(lambda: write_results(recipe, tasks, folder))
     return SequencesSummary(len(sequences), finished, diverged, signal)
@@ -114,7 +114,7 @@ def _run_sequence(
 ) -> int | None:
     """Train and measure the tasks of a sequence that are not finished; the signal that interrupted it."""
     places = [stage_places(folder, sequence, number) for number in range(len(sequence.order))]
-    if on_main(_mark(folder, sequence).is_file):
+    if on_main(diverged_mark(folder, sequence).is_file):
         raise Diverged("it has diverged before")
     for number, place in enumerate(places):
         if on_main(place.scores.is_file):
@@ -139,11 +139,6 @@ def _run_sequence(
         on_main(partial(_tidy, places, number))
         on_main(lambda: write_results(recipe, tasks, folder))
     return None
-
-
-def _mark(folder: Path, sequence: Sequence) -> Path:
-    """The file that says why a sequence ended before its last task."""
-    return sequence_folder(folder, sequence) / "diverged.json"
 
 
 def _tidy(places: Sequences[StagePlaces], number: int) -> None:

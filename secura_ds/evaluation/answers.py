@@ -27,8 +27,6 @@ def answer_loss(
     *,
     max_length: int,
     batch_size: int,
-    title: str,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Mean loss in nats of the tokens that training would learn of `examples`, with its standard error.
 
@@ -36,7 +34,6 @@ def answer_loss(
 
     Args:
         max_length: longest example in tokens; longer ones are cut, as in training.
-        title: of the progress bar.
 
     Returns:
         `{"loss", "loss_stderr", "tokens"}`; both numbers are null if no token is left.
@@ -49,7 +46,7 @@ def answer_loss(
     longest = max(len(example.input_ids) for example in kept)
     size = min(batch_size, max(1, TOKENS_PER_BATCH // longest))
     with evaluating(model):
-        for batch in batches(kept, size, lambda e: len(e.input_ids), title, progress=progress):
+        for batch in batches(kept, size, lambda e: len(e.input_ids), "loss", progress=False):
             width = max(len(kept[i].input_ids) for i in batch)
             ids = torch.zeros(len(batch), width, dtype=torch.int64)
             mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)

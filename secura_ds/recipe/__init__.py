@@ -1,7 +1,13 @@
 """The one schema of a recipe: typed, strict, all errors at once, JSON Schema for editors."""
 
 from secura_ds.recipe.adapter import Adapter, Calibration, LoraAdapter, SecuraAdapter, SMagNorm
-from secura_ds.recipe.loading import changed, load_recipe, load_sequence_recipe, recipe_schema
+from secura_ds.recipe.loading import (
+    changed,
+    describes_sequences,
+    load_recipe,
+    load_sequence_recipe,
+    recipe_schema,
+)
 from secura_ds.recipe.schema import (
     BackboneRecipe,
     DataRecipe,
@@ -49,6 +55,7 @@ __all__ = [
     "Task",
     "TrainingRecipe",
     "changed",
+    "describes_sequences",
     "load_recipe",
     "recipe_schema",
 ]

@@ -58,8 +58,22 @@ def load_sequence_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Seq
     return recipe
 
 
+def describes_sequences(path: Path | str) -> bool:
+    """Whether a recipe is one of task sequences (launch/continual.py), not of a training run.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return "entries" in _read(Path(path))
+
+
 def _load(kind: type[Document], path: Path, overrides: Sequence[str]) -> Document:
     values = _read(path)
+    if ("entries" in values) != (kind is SequenceRecipe):
+        if kind is Recipe:
+            raise UserError(f"{path} describes task sequences: run it with launch/continual.py")
+        if "adapter" in values:
+            raise UserError(f"{path} describes a training run: run it with launch/train.py")
     problems = [problem for text in overrides if (problem := _override(values, text))]
     changed = [text.partition("=")[0].strip() for text in overrides]
     recipe = None

@@ -133,9 +133,15 @@ class SequenceEvaluation(Section):
     max_items: PositiveInt | None = None
     """Held-out items used of each task, from the front."""
     probes: list[Probe] = []
-    """The retention probes."""
+    """The retention probes, of different file names."""
     batch_size: PositiveInt = 8
     """Sequences per forward pass."""
+
+    @field_validator("probes")
+    @classmethod
+    def _told_apart(cls, value: list[Probe]) -> list[Probe]:
+        _distinct([Path(probe.path).stem for probe in value])
+        return value
 
 
 class SequenceRecipe(Section):
