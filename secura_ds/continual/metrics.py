@@ -4,9 +4,9 @@ R, shape (T+1, T), holds shares of each task's maximum: row 0 before training, r
 training order. E, of the same shape, holds their standard errors. nan is what was not measured: a metric that
 needs such a score is None, and one that needs such an error has the error None.
 
-Nearly every metric is a weighted sum of scores. Scores of one task come from the same items, so their errors go
-together, nobody recorded how far. Between no correlation and a full one the larger error is taken: for a
-difference the root of the summed squares, for a sum of scores the plain sum. Tasks are independent.
+Nearly every metric is a weighted sum of scores. Scores of one task come from the same items, so their errors
+go together, and nobody recorded how far. Of no correlation and a full one, that with the larger error is
+taken: for a difference the root of the summed squares, for a sum the plain sum. Tasks are independent.
 """
 
 from __future__ import annotations

@@ -18,6 +18,9 @@ from secura_ds.report.sequence.entries import Entry
 from secura_ds.report.sequence.folder import TaskSequence
 from secura_ds.report.sequence.labels import short
 
+LARGEST = 1e100
+"""Norms from here on are left out: they are a run that has failed, and their squares would overflow."""
+
 
 @dataclass(frozen=True)
 class Gradients:
@@ -64,7 +67,7 @@ def _series(entry: Entry, sequence: TaskSequence) -> tuple[Series, list[str]]:
 
 
 def _is_norm(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < LARGEST
 
 
 def gradient_plots(found: Sequence[Gradients], folder: Path | None) -> list[Plot]:
@@ -84,7 +87,8 @@ def _spread(found: Sequence[Gradients], folder: Path | None) -> Plot:
                 [low, mean + deviation], [place, place], color=color, linewidth=6, solid_capstyle="butt"
             )
             axes.plot(mean, place, "o", color=theme.paper, markeredgecolor=theme.ink, markersize=5, zorder=4)
-        axes.set_xscale("log")
+        if any(value > 0 for gradients in found for value in gradients.values):
+            axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.compact(value)))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -113,7 +117,8 @@ def _course(found: Sequence[Gradients], folder: Path | None) -> Plot:
         axes = figure.subplots()
         for gradients in found:
             draw_line(axes, gradients.sequences[0], theme, gradients.entry.index, gradients.entry.label)
-        axes.set_yscale("log")
+        if any(value > 0 for gradients in found for value in gradients.values):
+            axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.compact(value)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel("L2 norm before clipping")

@@ -90,10 +90,10 @@ def _at_equal_loss(done: list[Entry]) -> list[Finding]:
         known = best.stderr is not None and second.stderr is not None
         error = math.hypot(best.stderr or 0.0, second.stderr or 0.0) if known else None
         comparison = Comparison(lead, error)
-        behind = _read(along, second.value, second.stderr)
+        ahead, behind = (_read(along, value.value, value.stderr) for value in (best, second))
         text = (
             f"At a task loss of {numbers.decimal(at.across)} nats, which {len(at.values)} methods reach "
-            f"between their rates, {line.label} has the best {along.title}, {_read(along, best.value, best.stderr)}; "
+            f"between their rates, {line.label} has the best {along.title}, {ahead}; "
             f"next is {other.label} with {behind}, {comparison.text(along)}."
         )
         result.append(Finding("good" if comparison.clear and _repeated(line, other) else "even", text))
