@@ -89,9 +89,9 @@ def _spread(found: Sequence[Gradients], folder: Path | None) -> Plot:
             axes.plot(mean, place, "o", color=theme.paper, markeredgecolor=theme.ink, markersize=5, zorder=4)
         if any(value > 0 for gradients in found for value in gradients.values):
             axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.compact(value)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.compact(value)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks(range(len(found)), [short(g.entry.label, 24) for g in found], color=theme.ink)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(found) - 0.4, -0.6)
