@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from secura_ds.analysis.gradients import norm_statistics
 from secura_ds.report import numbers
 from secura_ds.report.curves import draw_line
 from secura_ds.report.drawing import WIDTH, Plot, Theme, legend_above, render, step_axis
@@ -79,10 +79,10 @@ def _spread(found: Sequence[Gradients], folder: Path | None) -> Plot:
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         for place, gradients in enumerate(found):
-            values, color = gradients.values, theme.color(gradients.entry.index)
-            mean, deviation = statistics.fmean(values), statistics.pstdev(values)
-            axes.plot([min(values), max(values)], [place, place], color=color, linewidth=1.2)
-            low = max(mean - deviation, min(values))
+            norms, color = norm_statistics(gradients.values), theme.color(gradients.entry.index)
+            mean, deviation = norms.mean, norms.deviation
+            axes.plot([norms.smallest, norms.largest], [place, place], color=color, linewidth=1.2)
+            low = max(mean - deviation, norms.smallest)
             axes.plot(
                 [low, mean + deviation], [place, place], color=color, linewidth=6, solid_capstyle="butt"
             )
@@ -144,11 +144,8 @@ def gradient_table(found: Sequence[Gradients]) -> tuple[list[str], list[list[str
     """Mean, variance, standard deviation and range of the norms, over all steps of all sequences."""
     rows = []
     for gradients in found:
-        values = gradients.values
-        variance = statistics.pvariance(values)
-        shown = (statistics.fmean(values), variance, variance**0.5, min(values), max(values))
-        rows.append([
-            gradients.entry.label, *(numbers.compact(value) for value in shown), numbers.count(len(values))
-        ])  # fmt: skip
+        norms = norm_statistics(gradients.values)
+        shown = (norms.mean, norms.variance, norms.deviation, norms.smallest, norms.largest)
+        rows.append([gradients.entry.label, *(numbers.compact(v) for v in shown), numbers.count(norms.steps)])
     headers = ["Entry", "Mean", "Variance", "Standard deviation", "Smallest", "Largest", "Steps logged"]
     return headers, rows
