@@ -77,7 +77,7 @@ def _write_results(
     document = {
         "format": 1,
         "name": name,
-        "description": f"{len(tasks)} small tasks one after the other, on the embedded backbone.",
+        "description": "Small tasks one after the other, on the embedded backbone.",
         "status": "unfinished" if unfinished else "finished",
         "backbone": "embedded:smollm2-135m",
         "tasks": [_task(task) for task in tasks],
@@ -112,7 +112,7 @@ def _sequence(
     label = f"{entry}-{'-'.join(task[:2] for task in order[:2])}-seed{seed}"
     rng = random.Random(number)
     speed = math.log10(rate / 3e-4) * 0.2
-    learnt = {"er": 0.97, "ewc": 0.9, "i-lora": 0.95}.get(strategy, 1.0) * (LEARNT[method] + speed / 4)
+    learnt = {"er": 0.97, "ewc": 0.9, "i-lora": 0.95}.get(strategy, 1.0) * (LEARNT[method] + speed)
     lost = LOST[method] * (0.4 if strategy != "seq" else 1.0) * (1 + 2 * max(speed, -0.4))
     return {
         "label": label,
@@ -142,7 +142,7 @@ def _stages(
     scores: dict[str, float] = {}
     for place, task in enumerate(done, start=1):
         scores = {name: score * (1 - lost * rng.uniform(0.5, 1.5)) for name, score in scores.items()}
-        scores[task] = min(0.98, learnt + rng.gauss(0, 0.03))
+        scores[task] = min(0.98, learnt + rng.gauss(0, 0.01))
         measured = _measured(order, scores, place * lost, 1 + rng.gauss(0, 0.002))
         train = {
             "steps": 20,

@@ -4,9 +4,9 @@ R, shape (T+1, T), holds shares of each task's maximum: row 0 before training, r
 training order. E, of the same shape, holds their standard errors. nan is what was not measured: a metric that
 needs such a score is None, and one that needs such an error has the error None.
 
-Nearly every metric is a weighted sum of scores, so its error is the root of the summed squares of weight
-times error. That takes scores as independent. Those of one task come from the same items, which mostly makes
-the true error of a difference smaller.
+Nearly every metric is a weighted sum of scores. Scores of one task come from the same items, so their errors
+go together, and nobody recorded how far. Of no correlation and a full one, that with the larger error is
+taken: for a difference the root of the summed squares, for a sum the plain sum. Tasks are independent.
 """
 
 from __future__ import annotations
@@ -66,13 +66,15 @@ class ScoreMatrix:
     def weighted(self, weights: np.ndarray) -> Estimate | None:
         """The sum of scores times `weights`, (T+1, T); scores of weight 0 need not be known."""
         used = weights != 0
-        scores, errors = self.scores[used], weights[used] * self.errors[used]
+        scores, errors = self.scores[used], self.errors[used]
         if not np.isfinite(scores).all():
             return None
-        known = bool(np.isfinite(errors).all())
-        return Estimate(
-            float(np.dot(weights[used], scores)), float(np.linalg.norm(errors)) if known else None
-        )
+        value = float(np.dot(weights[used], scores))
+        if not np.isfinite(errors).all():
+            return Estimate(value)
+        terms = np.where(used, weights * self.errors, 0.0)
+        by_task = np.maximum(np.linalg.norm(terms, axis=0), np.abs(terms.sum(axis=0)))
+        return Estimate(value, float(np.linalg.norm(by_task)))
 
 
 def score_matrix(
@@ -191,7 +193,8 @@ def retention(before: Estimate, after: Estimate, chance: float = 0.0) -> Estimat
     """The part of a probe's score above chance that is left: (after - chance) / (before - chance).
 
     With chance 0 it is the raw ratio. None where the score before is not above chance by `CLEAR` standard
-    errors: a ratio to noise means nothing. The error is a ratio's of independent numbers, to first order.
+    errors: a ratio to noise means nothing. The error is a ratio's of independent numbers, to first order, a
+    bound from above for the same items.
     """
     base = before.value - chance
     if base <= CLEAR * (before.stderr or 0.0):

@@ -18,7 +18,7 @@ CLEAR = 2.0
 SMALL_LOSS = 0.05
 """A rise of general-text loss below this, nats per token (perplexity +5 %), is shown as a small cost."""
 
-METHOD_NAMES = {"secura": "SECURA", "lora": "LoRA", "dora": "DoRA"}
+METHOD_NAMES = {"secura": "SECURA", "lora": "LoRA", "dora": "DoRA", "osf": "OSF"}
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Entry:
 
     @cached_property
     def metrics_given_before(self) -> list[dict[str, Any]]:
-        """The same with the backbone's scores taken as exact: what is left when entries are compared."""
+        """The same with the backbone's scores taken as exact, as is right when entries of it are compared."""
         return self._metrics(_exact(self.home.results.before.model_dump()))
 
     def _metrics(self, before: dict[str, Any]) -> list[dict[str, Any]]:
@@ -119,6 +119,8 @@ class Entry:
     def _references(self, sequence: TaskSequence) -> dict[str, Estimate]:
         """Scores of tasks trained alone with the same setting, where this folder has them."""
         found: dict[str, list[Estimate]] = {}
+        if len(sequence.order) == 1:
+            return {}
         maxima = {task.name: task.maximum for task in self.tasks}
         for other in self.home.results.sequences:
             if not other.finished or len(other.order) != 1 or _setting(other) != _setting(sequence):

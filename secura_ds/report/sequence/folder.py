@@ -14,11 +14,15 @@ from secura_ds.errors import UserError, shown
 from secura_ds.reading import read_json_object
 
 DOCUMENT = "continual.json"
+DEPTH = 8
 REMEDY = "let launch/continual.py write it again"
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[float, Field(ge=0, le=1e12)]
+Number = Annotated[float, Field(ge=-1e6, le=1e6)]
+"""A score or a loss. Nothing near the largest float, whose square would overflow."""
+
 Status = Literal["finished", "unfinished"]
 
 
@@ -33,8 +37,8 @@ class Task(_Part):
 
     name: Name
     metric: Name
-    maximum: Annotated[float, Field(gt=0)]
-    chance: float = 0.0
+    maximum: Annotated[float, Field(gt=0, le=1e6)]
+    chance: Number = 0.0
     items: Count
 
 
@@ -50,16 +54,16 @@ class Probe(_Part):
 class TaskScore(_Part):
     """What was measured on a task at one point; None is what was not asked for."""
 
-    score: float | None = None
+    score: Number | None = None
     stderr: Positive | None = None
-    loss: float | None = None
+    loss: Number | None = None
     loss_stderr: Positive | None = None
 
 
 class ProbeScore(_Part):
     """What was measured on a probe at one point."""
 
-    score: float | None = None
+    score: Number | None = None
     stderr: Positive | None = None
 
 
@@ -77,7 +81,7 @@ class Train(_Part):
     seconds: Positive | None = None
     tokens: Count | None = None
     peak_memory_bytes: Count | None = None
-    loss: float | None = None
+    loss: Number | None = None
 
 
 class Stage(Measured):
@@ -119,10 +123,23 @@ class TaskSequence(_Part):
             raise ValueError(f"stages are {trained}, order is {self.order}")
         if self.finished and len(trained) < len(self.order):
             raise ValueError(f"finished with {len(trained)} stages of {len(self.order)}")
+        if _depth(self.settings) > DEPTH:
+            raise ValueError(f"settings are nested too deeply, at most {DEPTH} objects in each other")
         path = PurePosixPath(self.folder)
         if path.is_absolute() or ".." in path.parts or "\0" in self.folder:
             raise ValueError(f"folder is {self.folder!r}: it must lie in the results folder")
         return self
+
+
+def _depth(settings: dict[str, Any]) -> int:
+    """How many objects and lists lie in each other; by levels, for a hostile file may hold very many."""
+    depth = 0
+    level: list[Any] = [settings]
+    while level:
+        depth += 1
+        inner = [v for part in level for v in (part.values() if isinstance(part, dict) else part)]
+        level = [value for value in inner if isinstance(value, dict | list)]
+    return depth
 
 
 class Results(_Part):
@@ -194,11 +211,13 @@ def read_results(path: Path) -> ResultsFolder:
         return ResultsFolder(Path(path), Results.model_validate(document))
     except ValidationError as error:
         details = error.errors()[0]
-        place = ".".join(str(part) for part in details["loc"])
+        place = shown(".".join(str(part) for part in details["loc"]))
         given = "" if details["type"] in ("missing", "value_error") else f" is {_short(details['input'])}"
         message = details["msg"].removeprefix("Value error, ").replace("Input should", "should")
         more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise UserError(f"{file}: {shown(place)}{given}: {shown(message, 300)}{more}; {REMEDY}") from error
+        raise UserError(
+            f"{file}: {place}{given}{': ' if place else ''}{shown(message, 300)}{more}; {REMEDY}"
+        ) from error
 
 
 def _short(given: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from secura_ds.analysis.gradients import norm_statistics
 from secura_ds.report import numbers
 from secura_ds.report.curves import draw_line
 from secura_ds.report.drawing import WIDTH, Plot, Theme, legend_above, render, step_axis
@@ -17,6 +17,9 @@ from secura_ds.report.run_folder import Series, read_log
 from secura_ds.report.sequence.entries import Entry
 from secura_ds.report.sequence.folder import TaskSequence
 from secura_ds.report.sequence.labels import short
+
+LARGEST = 1e100
+"""Norms from here on are left out: they are a run that has failed, and their squares would overflow."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def _series(entry: Entry, sequence: TaskSequence) -> tuple[Series, list[str]]:
 
 
 def _is_norm(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < LARGEST
 
 
 def gradient_plots(found: Sequence[Gradients], folder: Path | None) -> list[Plot]:
@@ -76,18 +79,19 @@ def _spread(found: Sequence[Gradients], folder: Path | None) -> Plot:
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
         for place, gradients in enumerate(found):
-            values, color = gradients.values, theme.color(gradients.entry.index)
-            mean, deviation = statistics.fmean(values), statistics.pstdev(values)
-            axes.plot([min(values), max(values)], [place, place], color=color, linewidth=1.2)
-            low = max(mean - deviation, min(values))
+            norms, color = norm_statistics(gradients.values), theme.color(gradients.entry.index)
+            mean, deviation = norms.mean, norms.deviation
+            axes.plot([norms.smallest, norms.largest], [place, place], color=color, linewidth=1.2)
+            low = max(mean - deviation, norms.smallest)
             axes.plot(
                 [low, mean + deviation], [place, place], color=color, linewidth=6, solid_capstyle="butt"
             )
             axes.plot(mean, place, "o", color=theme.paper, markeredgecolor=theme.ink, markersize=5, zorder=4)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.compact(value)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        if any(value > 0 for gradients in found for value in gradients.values):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.compact(value)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks(range(len(found)), [short(g.entry.label, 24) for g in found], color=theme.ink)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(found) - 0.4, -0.6)
@@ -113,7 +117,8 @@ def _course(found: Sequence[Gradients], folder: Path | None) -> Plot:
         axes = figure.subplots()
         for gradients in found:
             draw_line(axes, gradients.sequences[0], theme, gradients.entry.index, gradients.entry.label)
-        axes.set_yscale("log")
+        if any(value > 0 for gradients in found for value in gradients.values):
+            axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: numbers.compact(value)))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel("L2 norm before clipping")
@@ -139,11 +144,8 @@ def gradient_table(found: Sequence[Gradients]) -> tuple[list[str], list[list[str
     """Mean, variance, standard deviation and range of the norms, over all steps of all sequences."""
     rows = []
     for gradients in found:
-        values = gradients.values
-        variance = statistics.pvariance(values)
-        shown = (statistics.fmean(values), variance, variance**0.5, min(values), max(values))
-        rows.append([
-            gradients.entry.label, *(numbers.compact(value) for value in shown), numbers.count(len(values))
-        ])  # fmt: skip
+        norms = norm_statistics(gradients.values)
+        shown = (norms.mean, norms.variance, norms.deviation, norms.smallest, norms.largest)
+        rows.append([gradients.entry.label, *(numbers.compact(v) for v in shown), numbers.count(norms.steps)])
     headers = ["Entry", "Mean", "Variance", "Standard deviation", "Smallest", "Largest", "Steps logged"]
     return headers, rows

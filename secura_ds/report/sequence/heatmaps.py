@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -79,6 +79,12 @@ def _heat_map(entry: Entry, order: tuple[str, ...], number: int, folder: Path | 
 
     seeds = sum(tuple(sequence.order) == order for sequence in entry.sequences)
     mean = f"Mean of {seeds} sequences. " if seeds > 1 else ""
+    errors = matrix.errors[np.isfinite(matrix.errors)]
+    if errors.size:
+        size_of_error = (
+            numbers.decimal(float(errors.max())) if by_loss else f"{100 * errors.max():.1f} points"
+        )
+        mean += f"Standard errors of task scores: up to {size_of_error}. "
     several = len(entry.orders) > 1
     return render(
         draw,
@@ -124,20 +130,22 @@ def _probe_blocks(entry: Entry, order: tuple[str, ...]) -> list[_Block]:
     return blocks
 
 
-def _draw_block(axes: matplotlib.axes.Axes, block: _Block, theme: Theme) -> None:
-    colors = matplotlib.colormaps[COLORMAP]
+def _draw_block(axes: Axes, block: _Block, theme: Theme) -> None:
     rows, columns = block.values.shape
     axes.grid(visible=False)
+    axes.pcolormesh(
+        np.arange(columns + 1) - 0.5,
+        np.arange(rows + 1) - 0.5,
+        np.ma.masked_invalid(block.shades),
+        vmin=0,
+        vmax=1,
+        cmap=COLORMAP,
+        rasterized=True,
+    )
     for row, column in np.ndindex(rows, columns):
         value, shade = block.values[row, column], block.shades[row, column]
-        known = bool(np.isfinite(value) and np.isfinite(shade))
-        face = colors(float(np.clip(shade, 0, 1))) if known else theme.grid
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=face, linewidth=0))
-        text = (
-            numbers.decimal(float(block.scale * value), block.digits)
-            if np.isfinite(value)
-            else numbers.MISSING
-        )
+        known = bool(np.isfinite(value))
+        text = numbers.decimal(float(block.scale * value), block.digits) if known else numbers.MISSING
         ink = theme.muted if not known else ON_LIGHT if shade > 0.6 else ON_DARK
         axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=ink)
     axes.set_xlim(-0.5, columns - 0.5)

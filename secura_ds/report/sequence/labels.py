@@ -17,9 +17,16 @@ END_LENGTH = 14
 """Longer names at the end of a line would take too much of the plot; they go into a legend."""
 
 END_LINES = 6
-PLACES = ((7, 0, "left", "center"), (-7, 0, "right", "center"), (0, 7, "center", "bottom"),
-          (0, -7, "center", "top"), (6, 6, "left", "bottom"), (6, -6, "left", "top"),
-          (-6, 6, "right", "bottom"), (-6, -6, "right", "top"))  # fmt: skip
+PLACES = (
+    (6, 6, "left", "bottom"),
+    (6, -6, "left", "top"),
+    (-6, 6, "right", "bottom"),
+    (-6, -6, "right", "top"),
+    (7, 0, "left", "center"),
+    (-7, 0, "right", "center"),
+    (0, 7, "center", "bottom"),
+    (0, -7, "center", "top"),
+)
 """Where a point's name may stand, the most readable place first: offset in points, and alignment."""
 
 Point = tuple[float, float, str, str]

@@ -66,9 +66,12 @@ def _content(homes: Sequence[ResultsFolder], found: list[Entry], plots: Path | N
         "keys": _keys(homes, found),
         "homes": homes,
         "findings": findings(found),
+        "learning_title": "Learnt"
+        if all(entry.single for entry in found)
+        else "Learnt, and forgotten among the tasks",
         "learning": tables.learning_table(found),
         "keeping": tables.keeping_table(found),
-        "probes": tables.probe_table(found),
+        "probes": tables.probe_tables(found),
         "tasks": tables.task_table(found),
         "frontier": frontier_plots(found, plots),
         "matrices": first,

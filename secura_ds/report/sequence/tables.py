@@ -8,8 +8,9 @@ from secura_ds.continual.metrics import Estimate, change, over_sequences, retent
 from secura_ds.report import numbers
 from secura_ds.report.sequence import measures
 from secura_ds.report.sequence.entries import Entry, method_name
-from secura_ds.report.sequence.folder import TaskSequence
+from secura_ds.report.sequence.folder import Probe, TaskSequence
 from secura_ds.report.sequence.measures import Measure
+from secura_ds.report.verdict import perplexity_change
 
 Table = tuple[list[str], list[list[str]]]
 """Headers, and rows of as many cells; a row starts with its name."""
@@ -25,6 +26,12 @@ LEARNING = (
     (measures.INTRANSIGENCE, "Intransigence"),
     (measures.TASK_LOSS, "Task loss at the end"),
 )
+LEARNING_OF_ONE = (
+    (measures.AVERAGE, "Score"),
+    (measures.PLASTICITY, "Gain"),
+    (measures.TASK_LOSS, "Task loss"),
+    (measures.LOSS_LEARNT, "Task loss, change"),
+)
 KEEPING = (
     (measures.RETENTION, "Knowledge kept above chance"),
     (measures.KNOWLEDGE, "Knowledge, change"),
@@ -34,63 +41,63 @@ KEEPING = (
 
 def learning_table(entries: Sequence[Entry]) -> Table:
     """What was learnt, transferred and forgotten among the tasks; columns that no entry has are left out."""
-    return _measure_table(entries, LEARNING)
+    single = all(entry.single for entry in entries)
+    return _measure_table(entries, LEARNING_OF_ONE if single else LEARNING)
 
 
 def keeping_table(entries: Sequence[Entry]) -> Table:
-    """What was kept of the backbone's abilities."""
-    return _measure_table(entries, KEEPING)
+    """Means over probes of a kind; empty where no kind has several, for then each probe's table says it."""
+    kinds = [probe.kind for probe in entries[0].probes]
+    return _measure_table(entries, KEEPING) if len(set(kinds)) < len(kinds) else ([], [])
 
 
 def _measure_table(entries: Sequence[Entry], columns: Sequence[tuple[Measure, str]]) -> Table:
     used = [(measure, title) for measure, title in columns if any(measure.of(entry) for entry in entries)]
     if not used:
         return [], []
-    headers = ["Entry", "Sequences", *(f"{title}, {_unit(measure)}" for measure, title in used)]
+    headers = ["Entry", "Sequences"]
+    headers += [f"{title}, {'%' if measure.unit == 'share' else measure.unit}" for measure, title in used]
     rows = [
-        [entry.label, str(len(entry.finished)), *(_cell(measure, entry) for measure, _ in used)]
+        [
+            entry.label,
+            str(len(entry.finished)),
+            *(measure.written(measure.of(entry)).replace(" %", "") for measure, _ in used),
+        ]
         for entry in entries
         if entry.finished
     ]
     return headers, rows
 
 
-def _unit(measure: Measure) -> str:
-    return {"share": "%", "points": "points", "nats": "nats"}[measure.unit]
+def probe_tables(entries: Sequence[Entry]) -> list[tuple[str, Table]]:
+    """Every probe's name, and each entry before and after all its tasks."""
+    tables = []
+    for probe in entries[0].probes:
+        rows = [(entry, _probe_row(entry, probe)) for entry in entries]
+        known = [[entry.label, *row] for entry, row in rows if row is not None]
+        if known:
+            ends = (
+                ["Kept above chance", "After / before"] if probe.kind == "multiple_choice" else ["Perplexity"]
+            )
+            name = probe.name[:1].upper() + probe.name[1:].replace("_", " ")
+            tables.append((name, (["Entry", "Before", "After", "Change", *ends], known)))
+    return tables
 
 
-def _cell(measure: Measure, entry: Entry) -> str:
-    return measure.written(measure.of(entry)).replace(" %", "")
-
-
-def probe_table(entries: Sequence[Entry]) -> Table:
-    """Every probe before and after all tasks, with the part that is kept."""
-    names = list(dict.fromkeys((probe.name, probe.kind) for entry in entries for probe in entry.probes))
-    rows = []
-    for entry in entries:
-        for name, kind in names:
-            row = _probe_row(entry, name, kind)
-            if row is not None:
-                rows.append([entry.label, name.replace("_", " "), *row])
-    return ["Entry", "Probe", "Before", "After", "Change", "Kept above chance", "After / before"], rows
-
-
-def _probe_row(entry: Entry, name: str, kind: str) -> list[str] | None:
-    probe = next((probe for probe in entry.probes if probe.name == name), None)
-    before = entry.home.results.before.probes.get(name)
-    last = [s.stages[-1].probes[name] for s in entry.finished if name in s.stages[-1].probes]
+def _probe_row(entry: Entry, probe: Probe) -> list[str] | None:
+    before = entry.home.results.before.probes.get(probe.name)
+    last = [s.stages[-1].probes[probe.name] for s in entry.finished if probe.name in s.stages[-1].probes]
     after = over_sequences([Estimate(p.score, p.stderr) for p in last if p.score is not None])
-    if probe is None or before is None or before.score is None or after is None:
+    if before is None or before.score is None or after is None:
         return None
     old, new = Estimate(before.score, before.stderr), Estimate(after.value, after.stderr)
-    share = kind == "multiple_choice"
-    row = [_number(estimate, share) for estimate in (old, new)]
-    row.append(_number(change(old, new), share, signed=True))
-    ratios = [
-        retention(old, new, probe.chance) if share and probe.chance is not None else None,
-        retention(old, new) if share else None,
-    ]
-    return row + [numbers.MISSING if ratio is None else _number(ratio, True) for ratio in ratios]
+    share = probe.kind == "multiple_choice"
+    difference = change(old, new)
+    row = [_number(old, share), _number(new, share), _number(difference, share, signed=True)]
+    if not share:
+        return [*row, perplexity_change(difference.value)]
+    above = retention(old, new, probe.chance) if probe.chance is not None else None
+    return row + [numbers.MISSING if r is None else _number(r, True) for r in (above, retention(old, new))]
 
 
 def _number(estimate: Estimate, share: bool, *, signed: bool = False) -> str:

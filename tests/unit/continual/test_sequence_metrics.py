@@ -40,7 +40,7 @@ def square(largest: float = 1.0) -> st.SearchStrategy[ScoreMatrix]:
     ("metric", "value", "squares"),
     [
         (metrics.average_score, 1.7 / 3, 3 / 9),
-        (metrics.average_incremental_score, (0.8 + 0.8 + 1.7 / 3) / 3, (1 + 2 / 4 + 3 / 9) / 9),
+        (metrics.average_incremental_score, (0.8 + 0.8 + 1.7 / 3) / 3, (11**2 + 5**2 + 2**2) / 18**2),
         (metrics.backward_transfer, ((0.5 - 0.8) + (0.6 - 0.7)) / 2, 4 / 4),
         (metrics.forward_transfer, ((0.3 - 0.2) + (0.2 - 0.0)) / 2, 4 / 4),
         (metrics.forgetting, ((0.9 - 0.5) + (0.7 - 0.6)) / 2, 4 / 4),
@@ -248,3 +248,15 @@ def test_scores_that_were_not_asked_for_are_null_in_the_section() -> None:
     assert found["text_loss_change"]["value"] == 0.0
     with pytest.raises(ValueError, match="1 stages for 2 tasks"):
         metrics.sequence_metrics(before, [after], TASKS, PROBES, ["orders", "german"])
+
+
+@given(square(), st.lists(st.floats(-1, 1), min_size=42, max_size=42), st.floats(0, 1))
+def test_errors_bound_every_correlation_within_a_task(
+    found: ScoreMatrix, numbers: list[float], correlation: float
+) -> None:
+    weights = np.array(numbers[: found.scores.size]).reshape(found.scores.shape)
+    estimate = found.weighted(weights)
+    terms = weights * found.errors
+    variance = (1 - correlation) * (terms**2).sum(axis=0) + correlation * terms.sum(axis=0) ** 2
+    assert estimate is not None and estimate.stderr is not None
+    assert estimate.stderr >= math.sqrt(variance.sum()) - 1e-9
