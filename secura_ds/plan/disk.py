@@ -10,7 +10,7 @@ from torch import Tensor
 
 from secura_ds import sharding
 from secura_ds.adapter import secura_layers
-from secura_ds.recipe import Recipe, SecuraAdapter
+from secura_ds.recipe import CabrSettings, Recipe
 
 FP32 = 4
 MOMENTS = 2
@@ -24,7 +24,7 @@ def sizes(recipe: Recipe, model: PeftModel) -> dict[str, int]:
     factors = sum(buffers.values()) - accumulators
     adapter = recipe.adapter
     folded = in_checkpoint = 0
-    if isinstance(adapter, SecuraAdapter):
+    if isinstance(adapter, CabrSettings):
         folded = rewritten(model) if adapter.strategy == "M1" else 0
         if adapter.fold_every:
             in_checkpoint = folded or accumulators

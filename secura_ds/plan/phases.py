@@ -16,7 +16,7 @@ from secura_ds.calibration.text import GENERATION_BATCH, SEQUENCE_LENGTH
 from secura_ds.plan.disk import backbone_elements, count, trained_bytes
 from secura_ds.plan.parts import FP32, AtRest
 from secura_ds.plan.settings import Zero
-from secura_ds.recipe import Recipe, SecuraAdapter
+from secura_ds.recipe import CabrSettings, Recipe
 
 FP64 = 8
 PROCESS = int(1.5 * 2**30)  # main memory of a process before it holds a tensor: Python, PyTorch, CUDA's part
@@ -45,7 +45,7 @@ def loading(subject: Subject) -> int:
 def calibrating(subject: Subject) -> int:
     """The device while R is computed from activations; 0 where the recipe calls for none."""
     adapter = subject.recipe.adapter
-    if not isinstance(adapter, SecuraAdapter) or adapter.selection != "calibrated":
+    if not isinstance(adapter, CabrSettings) or adapter.selection != "calibrated":
         return 0
     writing = 0 if adapter.calibration.text else _writing(subject)
     return _backbone(subject) + max(writing, _measuring(subject), _solving(subject))

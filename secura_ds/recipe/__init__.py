@@ -1,6 +1,21 @@
 """The one schema of a recipe: typed, strict, all errors at once, JSON Schema for editors."""
 
-from secura_ds.recipe.adapter import Calibration, LoraAdapter, SecuraAdapter, SMagNorm
+from secura_ds.recipe.adapter import (
+    METHODS,
+    Adapter,
+    CabrAdapter,
+    CabrSettings,
+    Calibration,
+    CalibrationText,
+    CordaAdapter,
+    CurLoraAdapter,
+    FullTraining,
+    LoraAdapter,
+    LoraSettings,
+    OsfAdapter,
+    SecuraAdapter,
+    SMagNorm,
+)
 from secura_ds.recipe.loading import changed, load_recipe, recipe_schema
 from secura_ds.recipe.schema import (
     BackboneRecipe,
@@ -15,6 +30,16 @@ from secura_ds.recipe.schema import (
 )
 
 __all__ = [
+    "METHODS",
+    "Adapter",
+    "CabrAdapter",
+    "CabrSettings",
+    "CalibrationText",
+    "CordaAdapter",
+    "CurLoraAdapter",
+    "FullTraining",
+    "LoraSettings",
+    "OsfAdapter",
     "BackboneRecipe",
     "Calibration",
     "DataRecipe",

@@ -15,14 +15,14 @@ from pydantic_core import ErrorDetails
 
 from secura_ds.errors import UserError, shown
 from secura_ds.reading import NotJson, parse_json, read_json_object
-from secura_ds.recipe.adapter import Calibration, SecuraAdapter, SMagNorm
+from secura_ds.recipe.adapter import METHODS, CabrSettings, Calibration, SecuraAdapter, SMagNorm
 from secura_ds.recipe.base import RULE
 from secura_ds.recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)
 
 Location = tuple[int | str, ...]
-TAGS = ("secura", "lora", "dora")  # pydantic puts the adapter's method into the location of an error
+TAGS = METHODS  # pydantic puts the adapter's method into the location of an error
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -184,9 +184,10 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 def _without_effect(recipe: Recipe) -> Iterator[str]:
     """Settings that differ from their default and that nothing reads in this combination."""
     adapter = recipe.adapter
-    if not isinstance(adapter, SecuraAdapter):
+    if not isinstance(adapter, CabrSettings):
         return
-    if adapter.smagnorm.apply == "never" and adapter.smagnorm != SMagNorm(apply="never"):
+    norm = adapter.smagnorm if isinstance(adapter, SecuraAdapter) else SMagNorm(apply="never")
+    if norm.apply == "never" and norm != SMagNorm(apply="never"):
         yield 'adapter.smagnorm has settings that have no effect with apply "never"'
     if adapter.selection != "calibrated" and adapter.calibration != Calibration():
         yield f'adapter.calibration has no effect with selection "{adapter.selection}"'

@@ -17,9 +17,15 @@ from pydantic_core import PydanticCustomError
 
 from secura_ds.embedded import EMBEDDED
 from secura_ds.errors import redacted
-from secura_ds.recipe.adapter import LoraAdapter, SecuraAdapter
+from secura_ds.recipe.adapter import Adapter, CabrSettings, CordaAdapter, FullTraining, OsfAdapter
 from secura_ds.recipe.base import RULE, File, Fraction, PositiveFloat, PositiveInt, Section, Seed, find_path
 
+# Why a method needs weights in more than 4 bits.
+WEIGHT_USES = {
+    "osf": "takes the weights apart into singular triplets",
+    "corda": "moves a part of the weights into its adapter",
+    "full": "trains the weights themselves",
+}
 _HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 
 
@@ -261,7 +267,7 @@ class Recipe(Section):
     description: str = ""
     """What it is for and what it needs."""
     backbone: BackboneRecipe
-    adapter: Annotated[SecuraAdapter | LoraAdapter, Field(discriminator="method")]
+    adapter: Annotated[Adapter, Field(discriminator="method")]
     data: DataRecipe
     training: TrainingRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
@@ -270,17 +276,45 @@ class Recipe(Section):
 
     @field_validator("adapter")
     @classmethod
-    def _m1_needs_whole_weights(
-        cls, value: SecuraAdapter | LoraAdapter, info: ValidationInfo
-    ) -> SecuraAdapter | LoraAdapter:
+    def _needs_whole_weights(cls, value: Adapter, info: ValidationInfo) -> Adapter:
         backbone = info.data.get("backbone")
-        quantized = backbone is not None and backbone.quantization is not None
-        if quantized and isinstance(value, SecuraAdapter) and value.strategy == "M1":
+        if backbone is None or backbone.quantization is None:
+            return value
+        if isinstance(value, CabrSettings) and value.strategy == "M1":
             raise PydanticCustomError(
                 RULE,
                 'adapter.strategy is "M1", which rewrites the weights, but backbone.quantization keeps them '
                 'in 4 bits, where an update smaller than a quantization step would vanish: use "M2", or '
                 "quantization null",
+            )
+        if isinstance(value, OsfAdapter | CordaAdapter | FullTraining):
+            raise PydanticCustomError(
+                RULE,
+                'adapter.method is "{method}", which {what}, but backbone.quantization keeps the weights in '
+                "4 bits: use quantization null, or another method",
+                {"method": value.method, "what": WEIGHT_USES[value.method]},
+            )
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _full_training_is_possible(cls, value: TrainingRecipe, info: ValidationInfo) -> TrainingRecipe:
+        backbone = info.data.get("backbone")
+        if backbone is None or not isinstance(info.data.get("adapter"), FullTraining):
+            return value
+        if value.save_merged:
+            raise PydanticCustomError(
+                RULE,
+                'training.save_merged is true, but adapter.method "full" has nothing to merge: its result is '
+                "a whole checkpoint; leave it out",
+            )
+        if value.deepspeed is None and backbone.dtype != "float32":
+            raise PydanticCustomError(
+                RULE,
+                'adapter.method is "full" and backbone.dtype "{dtype}", in which small updates of a weight '
+                'vanish, and without DeepSpeed there are no fp32 masters: use "float32", or name a '
+                "configuration in training.deepspeed",
+                {"dtype": backbone.dtype},
             )
         return value
 

@@ -17,7 +17,7 @@ from secura_ds.backbones import load_config
 from secura_ds.errors import UserError, first_line
 from secura_ds.plan import Devices, Plan, Verdict, Work, advice, here, judge, plan
 from secura_ds.ranks import from_all
-from secura_ds.recipe import Recipe, SecuraAdapter, changed
+from secura_ds.recipe import CabrSettings, Recipe, changed
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def check_memory(
     """
     if recipe.training.memory_check == "off":
         return None
-    if not calibrates and isinstance(recipe.adapter, SecuraAdapter):
+    if not calibrates and isinstance(recipe.adapter, CabrSettings):
         recipe = changed(recipe, ["adapter.selection=least"])  # of another choice there is nothing to hold
     ranks, per_node = environment.world_size(), environment.local_world_size()
     devices = _scarcest(here(per_node=per_node, nodes=max(1, ranks // per_node)))

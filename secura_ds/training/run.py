@@ -27,7 +27,7 @@ from secura_ds.environment import is_main_process
 from secura_ds.errors import UserError
 from secura_ds.files import atomic_folder, atomic_write_json
 from secura_ds.ranks import on_main
-from secura_ds.recipe import Recipe, SecuraAdapter
+from secura_ds.recipe import CabrSettings, Recipe
 from secura_ds.sharding import full_shape
 from secura_ds.training import checkpoint as files
 from secura_ds.training import folder as folders
@@ -143,7 +143,7 @@ def _train(
 def _reads(recipe: Recipe) -> list[Path]:
     """What the recipe may take from an earlier run: its text for calibration, its merged checkpoint."""
     adapter = recipe.adapter
-    text = adapter.calibration.text if isinstance(adapter, SecuraAdapter) else None
+    text = adapter.calibration.text if isinstance(adapter, CabrSettings) else None
     found = [] if text is None else [recipe.resolve_path(text)]
     backbone = Path(recipe.backbone.model)
     return [*found, backbone] if backbone.is_dir() else found

@@ -115,7 +115,11 @@ def test_rules_between_sections(recipe: Path) -> None:
         ("adapter.cur_rank=8.5", "{path} is 8.5 from --set: should be a valid integer"),
         ("adapter.cur_rank=true", "{path} is true from --set: should be a valid integer"),
         ("adapter.cur_rank=0", "{path} is 0 from --set: should be greater than 0"),
-        ("adapter.method=lorra", '{path} is "lorra" from --set: should be one of "secura", "lora", "dora"'),
+        (
+            "adapter.method=lorra",
+            '{path} is "lorra" from --set: should be one of "secura", "cabr", "cur-lora", "lora", "dora", '
+            '"corda", "osf", "full"',
+        ),
         (
             "adapter.target_modules=q_proj",
             '{path} is "q_proj" from --set: should be a list of module names, "all-linear" '
