@@ -1,15 +1,20 @@
-"""From a recipe's adapter to the PEFT configuration for one backbone."""
+"""From a recipe's adapter to the PEFT configuration for one backbone, or to the weights that are trained."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from peft import CordaConfig, LoraConfig, OSFConfig, PeftConfig
-from transformers import PreTrainedConfig
+from peft import LoraConfig, OSFConfig, PeftConfig, PeftModel
+from peft.tuners.lora.config import CordaConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from secura_ds.adapter import SecuraConfig
 from secura_ds.backbones.family import check_targets
+from secura_ds.calibration import linear_targets
+from secura_ds.errors import UserError
 from secura_ds.recipe import (
+    WEIGHT_USES,
     CabrSettings,
     CordaAdapter,
     CurLoraAdapter,
@@ -86,3 +91,39 @@ def _cabr(adapter: CabrSettings, recipe: Recipe, common: dict[str, Any]) -> Secu
         inner_rank_pattern=adapter.inner_rank_pattern,
         **common,
     )
+
+
+def train_weights(model: PreTrainedModel, adapter: FullTraining) -> None:
+    """Let the weights that the recipe names be trained, and no others.
+
+    Raises:
+        UserError: a target that is not linear, or none.
+    """
+    model.requires_grad_(adapter.target_modules is None)
+    if adapter.target_modules is None:
+        return
+    # Carries the names for PEFT's own matching; no adapter is made of it.
+    targets = check_targets(model.config, adapter)
+    names = LoraConfig(target_modules=targets, exclude_modules=adapter.exclude_modules)
+    for layer in linear_targets(model, names).values():
+        layer.requires_grad_(True)
+
+
+def refuse_stage(recipe: Recipe, stage: int) -> None:
+    """Refuse a method that needs whole weights where ZeRO-3 shards them.
+
+    Raises:
+        UserError: says why, and what works.
+    """
+    adapter = recipe.adapter
+    if stage == 3 and isinstance(adapter, OsfAdapter | CordaAdapter):
+        raise UserError(
+            f'adapter.method is "{adapter.method}", which {WEIGHT_USES[adapter.method]}, but '
+            f"{recipe.training.deepspeed} shards them (ZeRO-3): use deepspeed/zero2.json, or "
+            "training.deepspeed null on one device"
+        )
+
+
+def backbone_of(model: nn.Module) -> Any:
+    """The transformers model in `model`, with or without an adapter in it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

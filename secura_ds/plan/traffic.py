@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peft import PeftModel
+from torch import nn
 
 from secura_ds.adapter import secura_layers
 from secura_ds.plan.disk import trained_bytes
@@ -16,7 +16,7 @@ LINK = 12.0  # GB/s: what cards without NVLink reach over PCIe 4.0 x16 in ring c
 FP32 = 4
 
 
-def per_step(recipe: Recipe, model: PeftModel, zero: Zero, ranks: int, gathered: int) -> dict[str, int]:
+def per_step(recipe: Recipe, model: nn.Module, zero: Zero, ranks: int, gathered: int) -> dict[str, int]:
     """Bytes by purpose, in a ring: what is not this rank's own part.
 
     Args:
@@ -41,7 +41,7 @@ def per_step(recipe: Recipe, model: PeftModel, zero: Zero, ranks: int, gathered:
     }
 
 
-def _fold(recipe: Recipe, model: PeftModel, zero: Zero, factors: int) -> int:
+def _fold(recipe: Recipe, model: nn.Module, zero: Zero, factors: int) -> int:
     """M1 reduces one float a layer and, as M2, gathers A and B; spread over the steps between folds."""
     adapter = recipe.adapter
     if not isinstance(adapter, CabrSettings) or not adapter.fold_every or zero.stage != 3:

@@ -18,6 +18,7 @@ from secura_ds.recipe.adapter import (
 )
 from secura_ds.recipe.loading import changed, load_recipe, recipe_schema
 from secura_ds.recipe.schema import (
+    WEIGHT_USES,
     BackboneRecipe,
     DataRecipe,
     EvaluationRecipe,
@@ -31,6 +32,7 @@ from secura_ds.recipe.schema import (
 
 __all__ = [
     "METHODS",
+    "WEIGHT_USES",
     "Adapter",
     "CabrAdapter",
     "CabrSettings",
