@@ -22,16 +22,15 @@ from secura_ds.ranks import end_process  # noqa: E402
 from secura_ds.recipe import load_recipe  # noqa: E402
 from secura_ds.training import train  # noqa: E402
 
-# Method and stage; the first two are cut and resumed, too.
 CASES = {
-    "cur-lora": 3,
-    "full": 3,
-    "cabr": 3,
-    "full-targets": 2,
-    "corda": 2,
-    "osf": 2,
+    "cur-lora": ("cur-lora", 3),
+    "cabr": ("cabr", 3),
+    "full": ("full", 3),
+    "full, ZeRO-2": ("full", 2),
+    "corda": ("corda", 2),
+    "osf": ("osf", 2),
 }
-RESUMED = ("cur-lora", "full")
+RESUMED = ("cur-lora", "full", "full, ZeRO-2")
 REFUSED = ("corda", "osf")
 COMMON = ["training.gradient_accumulation_steps=1", "training.max_steps=4", "training.save_steps=2"]
 
@@ -48,15 +47,15 @@ def main() -> None:
         except UserError as error:
             return str(error)
 
-    for method, stage in CASES.items():
-        found[method] = run(method, stage, method)
-    for method in RESUMED:
+    for name, (method, stage) in CASES.items():
+        found[name] = run(method, stage, name)
+    for name in RESUMED:
         if int(os.environ["RANK"]) == 0:
-            shutil.copytree(method, f"{method}-cut")
-            shutil.rmtree(f"{method}-cut/checkpoints/step-000004")
-            Path(f"{method}-cut/run.json").unlink()
+            shutil.copytree(name, f"{name}-cut")
+            shutil.rmtree(f"{name}-cut/checkpoints/step-000004")
+            Path(f"{name}-cut/run.json").unlink()
         torch.distributed.barrier()
-        found[f"{method}-cut"] = run(method, 3, f"{method}-cut", resume=True)
+        found[f"{name}-cut"] = run(*CASES[name], f"{name}-cut", resume=True)
     for method in REFUSED:
         found[f"{method}-refused"] = run(method, 3, f"{method}-refused")
     if int(os.environ["RANK"]) == 0:

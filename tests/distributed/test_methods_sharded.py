@@ -55,25 +55,26 @@ def result_of(run: Path) -> dict[str, Tensor]:
     return {key: value for file in files for key, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize("method", CASES)
-def test_two_ranks_train_as_one_process_does(toy: Path, two_ranks: dict[str, str], method: str) -> None:
-    assert two_ranks[method] == "finished"
-    alone = toy.parent / "one" / method
-    train(load_recipe(toy, [override(method), f"training.output_dir={alone}", "training.max_steps=4"]))
-    assert losses(toy.parent / method) == pytest.approx(losses(alone), rel=2e-5)
-    together, single = result_of(toy.parent / method), result_of(alone)
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_train_as_one_process_does(toy: Path, two_ranks: dict[str, str], name: str) -> None:
+    assert two_ranks[name] == "finished"
+    alone = toy.parent / "one" / name
+    method = override(CASES[name][0])
+    train(load_recipe(toy, [method, f"training.output_dir={alone}", "training.max_steps=4"]))
+    assert losses(toy.parent / name) == pytest.approx(losses(alone), rel=2e-5)
+    together, single = result_of(toy.parent / name), result_of(alone)
     assert together.keys() == single.keys()
     for key, value in single.items():
         assert torch.allclose(together[key].float(), value.float(), rtol=1e-3, atol=1e-4), key
 
 
-@pytest.mark.parametrize("method", RESUMED)
-def test_a_resumed_run_is_the_same_run(toy: Path, two_ranks: dict[str, str], method: str) -> None:
-    assert two_ranks[f"{method}-cut"] == "finished"
-    whole, cut = toy.parent / method, toy.parent / f"{method}-cut"
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_is_the_same_run(toy: Path, two_ranks: dict[str, str], name: str) -> None:
+    assert two_ranks[f"{name}-cut"] == "finished"
+    whole, cut = toy.parent / name, toy.parent / f"{name}-cut"
     assert losses(cut) == losses(whole)
-    for name in ("trained.safetensors", "optimizer.safetensors"):
-        path = f"checkpoints/step-000004/{name}"
+    for file in ("trained.safetensors", "optimizer.safetensors"):
+        path = f"checkpoints/step-000004/{file}"
         assert (cut / path).read_bytes() == (whole / path).read_bytes()
 
 
