@@ -15,6 +15,7 @@ from training_toys import losses, write_toy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secura_ds.adapter import load_adapter
+from secura_ds.backbones import load_model
 from secura_ds.merge import merge
 from secura_ds.recipe import Recipe, load_recipe
 from secura_ds.training import build_model, train
@@ -97,6 +98,25 @@ def test_what_was_trained_is_what_loads_and_what_is_merged(toy: Path, method: st
     stored = {key for file in merged.glob("*.safetensors") for key in load_file(file)}
     base = {key for file in (toy.parent / "backbone").glob("*.safetensors") for key in load_file(file)}
     assert stored == base
+
+
+@pytest.mark.parametrize("method", ["cabr", "cur-lora", "corda", "osf"])
+def test_in_half_precision_too(toy: Path, method: str, tmp_path: Path) -> None:
+    narrow = ["backbone.dtype=bfloat16", f"training.output_dir={tmp_path}", "training.max_steps=3"]
+    recipe = recipe_of(toy, method, *narrow, "training.gradient_checkpointing=true")
+    start, _ = build_model(recipe)
+    plain = logits(load_model(recipe.backbone))
+    assert relative(logits(start), plain) < 0.02
+    trained = trained_logits(recipe)
+    assert all(p.dtype == torch.float32 for p in trainable(start).values())
+    loaded = load_adapter(load_model(recipe.backbone), tmp_path / "adapter")
+    # What CorDA leaves of a weight was rounded; a forward in bfloat16 is off by as much, 0.03.
+    assert relative(logits(loaded), trained) <= (0.03 if method == "corda" else 0.0)
+    assert relative(plain, trained) > 0.1
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 def trained_logits(recipe: Recipe) -> Tensor:
