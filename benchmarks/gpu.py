@@ -32,6 +32,7 @@ from random_backbone import random_backbone, random_tokens, shape_of, tokenizer_
 from transformers import PreTrainedConfig, PreTrainedModel, PrinterCallback, TrainerCallback
 
 from secura_ds import sharding
+from secura_ds.backbones.adapter import adapter_config
 from secura_ds.environment import describe_environment
 from secura_ds.errors import run_command
 from secura_ds.files import atomic_write_json
@@ -39,7 +40,7 @@ from secura_ds.plan import plan
 from secura_ds.recipe import Recipe, load_recipe
 from secura_ds.report.table import format_table
 from secura_ds.training.arguments import make_arguments
-from secura_ds.training.model import adapter_config, trainable
+from secura_ds.training.model import trainable
 from secura_ds.training.trainer import Trainer
 
 RECIPES = {"qwen2-7b": "qlora/qwen2-7b.json", "llama3.1-8b": "qlora/llama3.1-8b.json"}

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("recipe", type=Path, help="recipe whose `evaluation` says what is measured")
     subject = parser.add_mutually_exclusive_group()
     subject.add_argument(
-        "--model", type=Path, metavar="DIR", help="merged checkpoint (default: the recipe's backbone)"
+        "--model", type=Path, metavar="DIR", help="whole checkpoint (default: the recipe's backbone)"
     )
     subject.add_argument(
         "--adapter", type=Path, metavar="DIR", help="adapter to put on the recipe's backbone"

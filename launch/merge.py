@@ -43,9 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="launch/merge.py", description=__doc__)
     parser.add_argument("--base", required=True, help="checkpoint folder, hub id or embedded:smollm2-135m")
     parser.add_argument("--revision", help="branch, tag or commit, if the base is a hub id")
-    parser.add_argument(
-        "--adapter", required=True, type=Path, metavar="DIR", help="a SECURA, LoRA or DoRA adapter"
-    )
+    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="an adapter of any method")
     parser.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="folder of the merged checkpoint"
     )

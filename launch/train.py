@@ -72,6 +72,8 @@ def _account(recipe: Recipe, summary: RunSummary) -> str:
     folder = recipe.training.output_dir
     what = f"{summary.steps} steps, {summary.tokens:,} tokens in {summary.seconds:.0f} s"
     if summary.status == "finished":
+        if recipe.adapter.method == "full":
+            return f"finished: {what}; the model is {summary.merged}"
         merged = f", the merged checkpoint {folder}/merged" if summary.merged else ""
         return f"finished: {what}; the adapter is {folder}/adapter{merged}"
     return f"interrupted after {what}; --resume goes on from {folder}/checkpoints"

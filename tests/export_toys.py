@@ -15,6 +15,7 @@ BF16 = ["backbone.model=narrow", "backbone.dtype=bfloat16"]
 NF4 = [*BF16, "backbone.quantization.kind=nf4"]
 LORA = 'adapter={"method":"lora","rank":3,"target_modules":["q_proj"]}'
 DORA = 'adapter={"method":"dora","rank":3,"target_modules":["q_proj"]}'
+CORDA = 'adapter={"method":"corda","rank":3,"calibration":{"num_tokens":320}}'
 HEAD = 'adapter.modules_to_save=["lm_head"]'
 FORWARD = "adapter.smagnorm.apply=forward"
 CASES: dict[str, list[str]] = {
@@ -28,6 +29,11 @@ CASES: dict[str, list[str]] = {
 CASES_ALONE: dict[str, list[str]] = {
     "nf4-lora": [*NF4, LORA],
     "fp32-dora": [DORA],
+    "fp32-cur-lora": ['adapter={"method":"cur-lora","cur_rank":5}'],
+    "fp32-cabr-M1": ['adapter={"method":"cabr","cur_rank":7,"inner_rank":9,"strategy":"M1","fold_every":2}'],
+    "fp32-corda": [CORDA],
+    "bf16-corda": [*BF16, CORDA],
+    "fp32-osf": ['adapter={"method":"osf"}'],
     # The checkpoint is wider, or narrower, than what training holds.
     "rounded": ["backbone.dtype=bfloat16", "adapter.smagnorm.apply=never"],
     "rounded-M1": ["backbone.dtype=bfloat16", "adapter.strategy=M1"],

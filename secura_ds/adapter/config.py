@@ -24,7 +24,7 @@ class AdapterType(str, enum.Enum):  # noqa: UP042 - a str enum like PEFT's own, 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "selection": ("least", "sampled", "calibrated"),
-    "init": ("block", "orthogonal"),
+    "init": ("block", "orthogonal", "identity"),
     "strategy": ("M2", "M1"),
 }
 _APPLY = ("merge", "forward", "never")
@@ -47,7 +47,10 @@ class SecuraConfig(PeftConfig):
     inner_rank: int = field(default=96, metadata={"help": "m: inner dimension of A (r, m) and B (m, r)"})
     scaling: float = field(default=1.0, metadata={"help": "s: factor of the update"})
     selection: str = field(default="least", metadata={"help": "'least', 'sampled' or 'calibrated'"})
-    init: str = field(default="block", metadata={"help": "initial A: 'block' (W[:r, :m]) or 'orthogonal'"})
+    init: str = field(
+        default="block",
+        metadata={"help": "A: 'block' (W[:r, :m]) or 'orthogonal' to start from, or the frozen 'identity'"},
+    )
     strategy: str = field(
         default="M2", metadata={"help": "fold into U ('M2') or into the base weight ('M1')"}
     )
@@ -100,6 +103,14 @@ class SecuraConfig(PeftConfig):
             _check_integer(name, getattr(self, name), 1)
             for layer, value in getattr(self, _PATTERNS[name]).items():
                 _check_integer(f"{_PATTERNS[name]}[{layer!r}]", value, 1)
+        if self.init == "identity" and (self.inner_rank, self.inner_rank_pattern) != (
+            self.cur_rank,
+            self.rank_pattern,
+        ):
+            raise UserError(
+                f"init is 'identity', but cur_rank is {self.cur_rank} and inner_rank {self.inner_rank}: set "
+                "inner_rank to cur_rank and inner_rank_pattern to rank_pattern, as A is square then"
+            )
         _check_integer("fold_every", self.fold_every, 0)
         _check_number("scaling", self.scaling, positive=False)
         self.smagnorm = _smagnorm(self.smagnorm)

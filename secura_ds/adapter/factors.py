@@ -41,14 +41,18 @@ def choose_factors(
             rows, columns = cur.sampled(weight, cur_rank, seed=config.seed)
         else:
             rows, columns = cur.least_important(weight, cur_rank)
-        A = cabr.initial_a(weight, cur_rank, inner_rank, cast(cabr.Init, config.init), seed=config.seed)
+        if config.init == "identity":
+            A = torch.eye(cur_rank, device=weight.device)
+        else:
+            init = cast(cabr.Init, config.init)
+            A = cabr.initial_a(weight, cur_rank, inner_rank, init, seed=config.seed).float()
     except ValueError as error:
         raise UserError(f"{layer_name}: {error}") from error
     if config.selection == "calibrated":
         R, rows = _calibrated(base, layer_name, cur_rank).to(weight), torch.full_like(rows, -1)
     else:
         R = weight[rows].clone()
-    return Factors(weight[:, columns].contiguous(), R, A.float(), rows, columns)
+    return Factors(weight[:, columns].contiguous(), R, A, rows, columns)
 
 
 def _calibrated(base: nn.Module, layer_name: str, cur_rank: int) -> Tensor:
@@ -73,10 +77,11 @@ def empty_factors(
     check_ranks(base, layer_name, cur_rank, inner_rank, config)
     dtype, device = sharding.compute_dtype(base), base.weight.device
     indices = torch.full((cur_rank,), -1, dtype=torch.int64, device=device)
+    identity = config.init == "identity"
     return Factors(
         torch.zeros(base.out_features, cur_rank, dtype=dtype, device=device),
         torch.zeros(cur_rank, base.in_features, dtype=dtype, device=device),
-        torch.zeros(cur_rank, inner_rank, device=device),
+        torch.eye(cur_rank, device=device) if identity else torch.zeros(cur_rank, inner_rank, device=device),
         indices,
         indices.clone(),
     )

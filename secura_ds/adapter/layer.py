@@ -1,7 +1,7 @@
 """The adapter layer: a frozen linear layer with an update D = s C (U + A B) R (method.md).
 
-Per adapter name it holds A (r, m) and B (m, r), trained; C (out, r), R (r, in), U (r, r) and the indices of
-the chosen rows and columns, frozen and saved with the adapter.
+Per adapter name it holds A (r, m) and B (m, r), trained (A not for init "identity"); C (out, r), R (r, in),
+U (r, r) and the indices of the chosen rows and columns, frozen and saved with the adapter.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class SecuraLayer(BaseTunerLayer):
         self.secura_rows = BufferDict(persistent=True)
         self.secura_columns = BufferDict(persistent=True)
         self.configs: dict[str, SecuraConfig] = {}
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: Tensor | None = None
@@ -84,17 +85,21 @@ class SecuraLayer(BaseTunerLayer):
             )
         make = empty_factors if config.factors_saved or base.weight.is_meta else choose_factors
         factors = make(base, self.layer_name, cur_rank, inner_rank, config)
-        self._store(adapter_name, factors, sharded=sharding.is_sharded(base.weight))
+        frozen_a = config.init == "identity"
+        if frozen_a:
+            self.frozen_peft_weight_names[adapter_name] = ("secura_A",)
+        self._store(adapter_name, factors, sharded=sharding.is_sharded(base.weight), frozen_a=frozen_a)
         self.configs[adapter_name] = config
         read = [self.secura_A[adapter_name], self.secura_B[adapter_name]]
         read += [base.weight, base.bias] if config.apply == "forward" else []
         sharding.use_in_forward(self, read)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def _store(self, adapter_name: str, factors: Factors, *, sharded: bool) -> None:
+    def _store(self, adapter_name: str, factors: Factors, *, sharded: bool, frozen_a: bool) -> None:
         # DeepSpeed keeps fp32 masters of whatever it shards and wants one dtype for all of it.
         dtype = factors.C.dtype if sharded else torch.float32
-        self.secura_A[adapter_name] = Parameter(factors.A.to(dtype))
+        # Frozen, A is like any frozen weight; the identity is exact in every dtype.
+        self.secura_A[adapter_name] = Parameter(factors.A.to(factors.C.dtype if frozen_a else dtype))
         zeros = torch.zeros(factors.A.shape[::-1], dtype=dtype, device=factors.A.device)
         self.secura_B[adapter_name] = Parameter(zeros)
         self.secura_C[adapter_name] = factors.C

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from secura_ds.adapter.corda import config_on_original, is_corda, on_original, starts_of
+from secura_ds.adapter.osf import NOT_SAVED
 from secura_ds.environment import is_main_process
 from secura_ds.files import atomic_write_text, save_tensors
 from secura_ds.sharding import is_quantized, whole
@@ -28,7 +31,8 @@ def adapter_state(
 ) -> dict[str, Tensor]:
     """The whole adapter on the CPU, under the keys of PEFT's weights file (`base_model.model....secura_A`).
 
-    Takes PEFT's own methods (LoRA, DoRA), too, whose saving is empty where ZeRO-3 holds slices.
+    Takes PEFT's own methods (LoRA, DoRA, OSF), too, whose saving is empty where ZeRO-3 holds slices, and
+    CorDA as LoRA on the original weights.
     Gathers one tensor at a time and moves only adapter bytes. Collective: every rank calls it.
 
     Args:
@@ -44,13 +48,20 @@ def adapter_state(
             base = ".base_layer." in name[len(prefix) :]
             if not base or (folded and name == f"{prefix}.base_layer.weight"):
                 state[name] = whole(parameter, keep=keep)
-        buffers = ((n, b) for n, b in module.named_buffers(prefix) if ".base_layer." not in n[len(prefix) :])
-        state.update((name, buffer.detach().to("cpu", copy=True)) for name, buffer in buffers)
+        state.update((n, b.detach().to("cpu", copy=True)) for n, b in _buffers(module, prefix))
     if not keep:
         return {}
-    return get_peft_model_state_dict(
+    found = get_peft_model_state_dict(
         model, state_dict=state, adapter_name=adapter_name, save_embedding_layers=False
     )
+    return on_original(found, starts_of(model))
+
+
+def _buffers(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for name, buffer in module.named_buffers(prefix):
+        own = name[len(prefix) :]
+        if ".base_layer." not in own and not any(part in own for part in NOT_SAVED):
+            yield name, buffer
 
 
 def save_adapter(model: PeftModel, folder: Path, adapter_name: str = "default") -> None:
@@ -101,7 +112,7 @@ def _config_text(model: PeftModel, adapter_name: str) -> str:
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
     mapping = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
-    saved = replace(config, inference_mode=True)
+    saved = replace(config_on_original(config) if is_corda(config) else config, inference_mode=True)
     for key, value in vars(saved).items():
         if isinstance(value, set):  # whose order PEFT would leave to chance
             setattr(saved, key, sorted(value))

@@ -9,7 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 
 from secura_ds.errors import UserError
-from secura_ds.recipe import LoraAdapter, SecuraAdapter
+from secura_ds.recipe import Adapter
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def choose_attention(
     return kernel, "; ".join(reasons) or "the fastest one"
 
 
-def check_targets(config: PreTrainedConfig, adapter: SecuraAdapter | LoraAdapter) -> list[str] | str:
+def check_targets(config: PreTrainedConfig, adapter: Adapter) -> list[str] | str:
     """The modules an adapter goes on, the family's default filled in.
 
     Raises:
@@ -106,7 +106,10 @@ def check_targets(config: PreTrainedConfig, adapter: SecuraAdapter | LoraAdapter
                 'or use "all-linear"'
             )
         targets = list(FAMILIES[config.model_type].targets)
-    named = [*(targets if isinstance(targets, list) else []), *(adapter.modules_to_save or [])]
+    named = [
+        *(targets if isinstance(targets, list) else []),
+        *(getattr(adapter, "modules_to_save", None) or []),
+    ]
     heads = [name for name in named if name.split(".")[-1] in HEAD_MODULES]
     if heads and config.tie_word_embeddings:
         raise UserError(

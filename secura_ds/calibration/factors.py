@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -69,13 +70,13 @@ def calibrate(
     sharding.keep_exact(model)
     show = progress and rank_and_world()[0] == 0
     factors: dict[str, Tensor] = {}
-    with _frozen(model), sharding.gathered_forward(model, keep_bytes=memory_limit):
+    with frozen(model), sharding.gathered_forward(model, keep_bytes=memory_limit):
         if source is not None:
             token_ids = read_tokens(Path(source), tokenizer, settings["num_tokens"])
         else:
             token_ids = generate(model, tokenizer, settings["num_tokens"], settings["seed"], show)
     # Passes over the text are few: nothing stays whole between them, nor while factors are computed.
-    with _frozen(model), sharding.gathered_forward(model):
+    with frozen(model), sharding.gathered_forward(model):
         body, ids = _body(model, layers), token_ids.to(model.device)
         runs = list(within_memory(input_groups(body, layers, ids), memory_limit))
         num_forwards = len(turns(len(ids.split(FORWARD_BATCH))))
@@ -103,17 +104,28 @@ def target_layers(model: Any, config: SecuraConfig) -> dict[str, nn.Linear]:
         wanted.target_modules = SecuraModel.target_module_mapping.get(family)
         if wanted.target_modules is None:
             raise UserError(f"model type {family!r} has no default target_modules: set target_modules")
-    wanted = _maybe_include_all_linear_layers(wanted, model)
+    layers = linear_targets(model, wanted)
+    for name, layer in layers.items():
+        inner_rank = by_layer(config.inner_rank_pattern, name, config.inner_rank)
+        check_ranks(layer, name, _rank(config, name), inner_rank, config)
+    return layers
+
+
+def linear_targets(model: Any, config: PeftConfig) -> dict[str, nn.Linear]:
+    """The layers that a configuration of any PEFT method targets, by name; `all-linear` becomes their names.
+
+    Raises:
+        UserError: nothing is targeted, or something that is not linear.
+    """
+    wanted = _maybe_include_all_linear_layers(config, model)
     layers: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
         if not check_target_module_exists(wanted, name):
             continue
         if not isinstance(module, nn.Linear):
             raise UserError(
-                f"target module {name} is a {type(module).__name__}: only linear layers can be calibrated"
+                f"target module {name} is a {type(module).__name__}: only linear layers can be taken"
             )
-        inner_rank = by_layer(config.inner_rank_pattern, name, config.inner_rank)
-        check_ranks(module, name, _rank(config, name), inner_rank, config)
         layers[name] = module
     if not layers:
         raise UserError(
@@ -127,7 +139,7 @@ def _rank(config: SecuraConfig, name: str) -> int:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No gradients and no dropout inside the block."""
     training = model.training
     model.eval()

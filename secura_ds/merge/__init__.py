@@ -4,6 +4,7 @@ Never holds more than one tensor, a part of its update and a few row blocks. Unt
 for byte.
 """
 
+from secura_ds.merge.check import check_strict_load
 from secura_ds.merge.merge import MergeReport, merge, require_plain
 
-__all__ = ["MergeReport", "merge", "require_plain"]
+__all__ = ["MergeReport", "check_strict_load", "merge", "require_plain"]

@@ -21,7 +21,8 @@ Parts = dict[str, StoredTensor]
 
 _PREFIX = "base_model.model."
 _PART = re.compile(
-    r"(?P<module>.+)\.(?:secura_(?P<secura>[A-Z]|rows|columns)|lora_(?P<lora>A|B|magnitude_vector)(?:\.weight)?)"
+    r"(?P<module>.+)\.(?:secura_(?P<secura>[A-Z]|rows|columns)|lora_(?P<lora>A|B|magnitude_vector)(?:\.weight)?"
+    r"|osf_svd_params\.(?P<osf>[USV]_low)|_osf_(?P<start>[USV]_low)_init)"
 )
 
 # Initialisations that leave the base alone; the others (PiSSA, OLoRA, LoftQ ...) change it first.
@@ -41,7 +42,7 @@ class AdapterFile:
     """An adapter on disk.
 
     Attributes:
-        kind: "SECURA" or "LORA" (DoRA included).
+        kind: "SECURA", "LORA" (DoRA and CorDA included) or "OSF".
         config: `adapter_config.json`, and what a LoRA's weights file says of 4-bit training.
         modules: for every adapted module, its parts by short name ("A", "B", "columns" ...).
         replacements: whole tensors (`modules_to_save`, biases) that take the place of the base's.
@@ -80,9 +81,10 @@ def open_adapter(folder: Path) -> AdapterFile:
     folder = Path(folder)
     config = _read_config(folder / CONFIG_NAME)
     kind = str(config.get("peft_type"))
-    if kind not in ("SECURA", "LORA"):
+    if kind not in ("SECURA", "LORA", "OSF"):
         raise UserError(
-            f"{folder / CONFIG_NAME}: peft_type is {kind}; SECURA, LORA and DoRA adapters can be merged"
+            f"{folder / CONFIG_NAME}: peft_type is {kind}; SECURA, LoRA, DoRA, CorDA and OSF adapters can be "
+            "merged"
         )
     if kind == "LORA":
         _refuse_changed_base(folder, config)
@@ -94,7 +96,7 @@ def open_adapter(folder: Path) -> AdapterFile:
         name = stored.name.removeprefix(_PREFIX)
         match = _PART.fullmatch(name)
         if match:
-            modules.setdefault(match["module"], {})[match["secura"] or match["lora"]] = stored
+            modules.setdefault(match["module"], {})[_short(match)] = stored
         else:
             replacements[name.replace(".base_layer.", ".")] = stored
     if not modules and not replacements:
@@ -111,6 +113,11 @@ def open_adapter(folder: Path) -> AdapterFile:
         Quantization.from_config(quantization, str(folder / CONFIG_NAME)) if quantization else None,
         frozenset(config.get("quantized_modules") or ()) if quantization else frozenset(),
     )
+
+
+def _short(match: re.Match[str]) -> str:
+    start = match["start"]
+    return f"{start}_start" if start else str(match["secura"] or match["lora"] or match["osf"])
 
 
 def _read_config(path: Path) -> dict[str, Any]:

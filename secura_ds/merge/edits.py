@@ -28,6 +28,12 @@ Edit = Callable[[Tensor], Tensor]
 
 # Another device may have quantized a rare tie differently; another model differs all over.
 QUANTIZED_TOLERANCE = 0.05
+_LOW = {"U_low", "S_low", "V_low"}
+_NEEDED = {
+    "SECURA": {"A", "B", "C", "R", "U", "columns"},
+    "LORA": {"A", "B"},
+    "OSF": _LOW | {f"{part}_start" for part in _LOW},
+}
 
 
 def plan_edits(base: Checkpoint, adapter: AdapterFile, onto: str) -> dict[str, Edit]:
@@ -56,6 +62,8 @@ def plan_edits(base: Checkpoint, adapter: AdapterFile, onto: str) -> dict[str, E
         quantization = adapter.quantization if module in adapter.quantized_modules else None
         if settings is not None:
             edits[weight.name] = partial(_secura, settings, parts, quantization, onto, memory)
+        elif adapter.kind == "OSF":
+            edits[weight.name] = partial(_osf, parts)
         else:
             scaling = _lora_scaling(adapter.config, module, parts["A"].shape[0])
             edits[weight.name] = partial(_lora, scaling, parts, quantization if onto == "trained" else None)
@@ -87,18 +95,34 @@ def _weight_of(base: Checkpoint, adapter: AdapterFile, module: str) -> StoredTen
 def _require_parts(
     base: Checkpoint, adapter: AdapterFile, module: str, parts: Parts, weight: tuple[int, ...]
 ) -> None:
-    needed = {"A", "B", "C", "R", "U", "columns"} if adapter.kind == "SECURA" else {"A", "B"}
-    for part in sorted(needed - parts.keys()):
+    for part in sorted(_NEEDED[adapter.kind] - parts.keys()):
         raise UserError(f"{adapter.folder}: {module} lacks its part {part}; save the adapter again")
-    (num_rows, num_columns), (rank, inner) = weight, parts["A"].shape
-    shapes: dict[str, tuple[int, ...]]
-    if adapter.kind == "SECURA":
-        shapes = {"B": (inner, rank), "C": (num_rows, rank), "R": (rank, num_columns), "U": (rank, rank)}
-        shapes |= {"columns": (rank,), "W": (num_rows, num_columns)}
-    else:
-        shapes = {"A": (rank, num_columns), "B": (num_rows, rank), "magnitude_vector": (num_rows,)}
+    shapes = _shapes(adapter.kind, parts, *weight)
     for part in sorted(parts.keys() & shapes.keys()):
         _require_shape(base, parts[part], shapes[part])
+
+
+def _shapes(kind: str, parts: Parts, num_rows: int, num_columns: int) -> dict[str, tuple[int, ...]]:
+    """What the parts' shapes must be, given the weight's and the ranks."""
+    if kind == "OSF":
+        rank = math.prod(parts["S_low"].shape)
+        low: dict[str, tuple[int, ...]] = {
+            "U_low": (num_rows, rank),
+            "S_low": (rank,),
+            "V_low": (rank, num_columns),
+        }
+        return low | {f"{part}_start": shape for part, shape in low.items()}
+    rank, inner = parts["A"].shape
+    if kind == "LORA":
+        return {"A": (rank, num_columns), "B": (num_rows, rank), "magnitude_vector": (num_rows,)}
+    return {
+        "B": (inner, rank),
+        "C": (num_rows, rank),
+        "R": (rank, num_columns),
+        "U": (rank, rank),
+        "columns": (rank,),
+        "W": (num_rows, num_columns),
+    }
 
 
 def _require_shape(base: Checkpoint, stored: StoredTensor, expected: tuple[int, ...]) -> None:
@@ -186,4 +210,15 @@ def _lora(scaling: float, parts: Parts, quantization: Quantization | None, W: Te
         if magnitude is not None:
             merged *= (magnitude[rows] / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
         W[rows] = merged
+    return W
+
+
+def _osf(parts: Parts, W: Tensor) -> Tensor:
+    """W + U S V - U0 S0 V0: the lesser singular directions as trained in place of those that W had."""
+    U, S, V = (_read(parts[part]).float() for part in ("U_low", "S_low", "V_low"))
+    U0, S0, V0 = (_read(parts[f"{part}_start"]).float() for part in ("U_low", "S_low", "V_low"))
+    right = torch.cat([V, V0])
+    for rows in cabr.row_blocks(*W.shape):
+        left = torch.cat([U[rows] * S, -(U0[rows] * S0)], dim=1)
+        W[rows] = (left @ right).add_(W[rows])
     return W

@@ -11,24 +11,26 @@ import math
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, OSFConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from secura_ds import sharding
 from secura_ds.adapter import SecuraConfig
+from secura_ds.adapter.corda import is_corda
+from secura_ds.adapter.osf import prepare_osf
 from secura_ds.backbones import choose_attention, empty_model, quantization_config, replace_linear
-from secura_ds.backbones.adapter import adapter_config
+from secura_ds.backbones.adapter import adapter_config, train_weights
 from secura_ds.errors import UserError
-from secura_ds.recipe import Recipe
+from secura_ds.recipe import FullTraining, Recipe
 
 BLOCK = 64  # weights under one constant of bitsandbytes' 4-bit format
 NESTED_BLOCK = 256  # constants under one constant of theirs, with double quantization
 _CODES = {"nf4": 16, "nested": 256}  # entries of the tables of values that codes stand for
 
 
-def draw(recipe: Recipe, config: PreTrainedConfig, *, sharded: bool) -> PeftModel:
-    """The adapted model of `recipe` on the meta device.
+def draw(recipe: Recipe, config: PreTrainedConfig, *, sharded: bool) -> PeftModel | PreTrainedModel:
+    """The model that is trained of `recipe` on the meta device.
 
     Args:
         config: the backbone's configuration.
@@ -48,22 +50,36 @@ def draw(recipe: Recipe, config: PreTrainedConfig, *, sharded: bool) -> PeftMode
     with torch.device("meta"):
         if recipe.backbone.quantization is not None:
             _pack(model, dtype, nested=recipe.backbone.quantization.double_quantization)
-        wanted = adapter_config(recipe, config)
-        if isinstance(wanted, SecuraConfig):
-            wanted.factors_saved = True  # there is no weight to choose rows and columns from
-            wanted.quantized_modules = wanted.quantized_modules or []
-            wanted.smagnorm = {**wanted.smagnorm, "eps": 1e-10}
-            wanted.smagnorm.pop("eps_relative", None)  # it would read the weight
-        try:
-            adapted = get_peft_model(model, wanted, autocast_adapter_dtype=not sharded)
-        except ValueError as error:
-            raise UserError(f"adapter.target_modules: {' '.join(str(error).split())}") from error
+        adapted = _with_method(model, recipe, autocast=not sharded)
     adapted.enable_input_require_grads()
     if sharded:
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
     return adapted.train()
+
+
+def _with_method(model: PreTrainedModel, recipe: Recipe, *, autocast: bool) -> PeftModel | PreTrainedModel:
+    """`model` with the recipe's adapter in it, or with the weights chosen that are trained themselves."""
+    if isinstance(recipe.adapter, FullTraining):
+        train_weights(model, recipe.adapter)
+        return model
+    wanted = adapter_config(recipe, model.config)
+    assert wanted is not None
+    if isinstance(wanted, SecuraConfig):
+        wanted.factors_saved = True  # there is no weight to choose rows and columns from
+        wanted.quantized_modules = wanted.quantized_modules or []
+        wanted.smagnorm = {**wanted.smagnorm, "eps": 1e-10}
+        wanted.smagnorm.pop("eps_relative", None)  # it would read the weight
+    if isinstance(wanted, LoraConfig) and is_corda(wanted):
+        wanted.init_lora_weights, wanted.corda_config = True, None  # nor one to take a part out of
+    try:
+        adapted = get_peft_model(model, wanted, autocast_adapter_dtype=autocast)
+    except ValueError as error:
+        raise UserError(f"adapter.target_modules: {' '.join(str(error).split())}") from error
+    if isinstance(wanted, OSFConfig):
+        prepare_osf(adapted)
+    return adapted
 
 
 def _pack(model: PreTrainedModel, dtype: torch.dtype, *, nested: bool) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from secura_ds.backbones import head
+from secura_ds.backbones.adapter import backbone_of
 
 if TYPE_CHECKING:
     from secura_ds.plan.simulation import Work
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Mark = Callable[[str, str, str], None]
 
 
-def forward_and_backward(model: PeftModel, work: Work, device: str, mark: Mark) -> None:
+def forward_and_backward(model: nn.Module, work: Work, device: str, mark: Mark) -> None:
     """One pass through `model`, a causal language model on the meta device, and back from its loss."""
     shape = (work.batch, work.length)
     ids = torch.empty(shape, dtype=torch.int64, device="meta")
@@ -28,7 +28,7 @@ def forward_and_backward(model: PeftModel, work: Work, device: str, mark: Mark) 
         inputs["position_ids"] = torch.empty_like(ids)
     else:
         inputs["attention_mask"] = torch.empty_like(ids)
-    base: Any = model.get_base_model()
+    base: Any = backbone_of(model)
     if head.computes_summed_loss(base):
         head.add_summed_loss(base)
         model(**inputs, targets=torch.empty_like(ids)).backward()
@@ -38,7 +38,7 @@ def forward_and_backward(model: PeftModel, work: Work, device: str, mark: Mark) 
 
 
 @contextmanager
-def _fused_head(model: PeftModel, device: str, mark: Mark) -> Iterator[None]:
+def _fused_head(model: nn.Module, device: str, mark: Mark) -> Iterator[None]:
     """TRL's loss, for families that `backbones.head` does not know: log-probabilities by tiles of logits.
 
     On a GPU its kernels work in place and at the learnt tokens only, elsewhere it takes every token.
@@ -46,7 +46,7 @@ def _fused_head(model: PeftModel, device: str, mark: Mark) -> Iterator[None]:
     from trl.kernels import chunked_logprob as fused
     from trl.trainer import utils
 
-    base: Any = model.get_base_model()
+    base: Any = backbone_of(model)
     linear, config = base.get_output_embeddings(), base.config.get_text_config()
     name = next(n for n, module in model.named_modules() if module is linear)
 

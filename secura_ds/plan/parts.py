@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from secura_ds.plan.blueprint import constants
 from secura_ds.plan.gathering import Weight
@@ -35,7 +34,7 @@ class AtRest:
 
 
 def at_rest(
-    model: PeftModel, zero: Zero, ranks: int, *, optimizer: str, device: str, accumulates: bool
+    model: nn.Module, zero: Zero, ranks: int, *, optimizer: str, device: str, accumulates: bool
 ) -> AtRest:
     """What a rank holds between two forward passes of training `model`, a model of `blueprint.draw`.
 
@@ -144,8 +143,8 @@ def _moments(trained: Iterable[Tensor], slices: int, zero: Zero, optimizer: str)
     return on_device, paged
 
 
-def _buffers(model: PeftModel, device: str) -> tuple[int, int]:
-    """Bytes of the adapter's buffers (C, R, U and indices), and of the model's own. Whole on every rank."""
+def _buffers(model: nn.Module, device: str) -> tuple[int, int]:
+    """Bytes of an adapter's frozen factors and of the model's own buffers. Whole on every rank."""
     adapter = other = 0
     seen: set[int] = set()
     for name, buffer in model.named_buffers():
@@ -153,7 +152,7 @@ def _buffers(model: PeftModel, device: str) -> tuple[int, int]:
             continue
         seen.add(id(buffer))
         size = rounded(buffer.nbytes, device)
-        if ".secura_" in name:
+        if ".secura_" in name or "._osf_" in name:
             adapter += size
         else:
             other += size

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import PreTrainedConfig
 
 from secura_ds.adapter import secura_layers
 from secura_ds.calibration.factors import MEMORY_LIMIT
 from secura_ds.calibration.moments import FORWARD_BATCH
 from secura_ds.calibration.text import GENERATION_BATCH, SEQUENCE_LENGTH
-from secura_ds.plan.disk import backbone_elements, count, trained_bytes
+from secura_ds.plan.disk import backbone_elements, backbone_parameters, count, trained_bytes
 from secura_ds.plan.parts import FP32, AtRest
 from secura_ds.plan.settings import Zero
-from secura_ds.recipe import Recipe, SecuraAdapter
+from secura_ds.recipe import CabrSettings, CordaAdapter, FullTraining, Recipe
 
 FP64 = 8
 PROCESS = int(1.5 * 2**30)  # main memory of a process before it holds a tensor: Python, PyTorch, CUDA's part
@@ -30,7 +31,7 @@ class Subject(NamedTuple):
 
     recipe: Recipe
     config: PreTrainedConfig
-    model: PeftModel
+    model: nn.Module
     rest: AtRest
     zero: Zero
     ranks: int
@@ -43,9 +44,12 @@ def loading(subject: Subject) -> int:
 
 
 def calibrating(subject: Subject) -> int:
-    """The device while R is computed from activations; 0 where the recipe calls for none."""
+    """The device while a method looks at activations; 0 where the recipe calls for none."""
     adapter = subject.recipe.adapter
-    if not isinstance(adapter, SecuraAdapter) or adapter.selection != "calibrated":
+    if isinstance(adapter, CordaAdapter):
+        writing = 0 if adapter.calibration.text else _writing(subject)
+        return _backbone(subject) + max(writing, _decomposing(subject))
+    if not isinstance(adapter, CabrSettings) or adapter.selection != "calibrated":
         return 0
     writing = 0 if adapter.calibration.text else _writing(subject)
     return _backbone(subject) + max(writing, _measuring(subject), _solving(subject))
@@ -88,13 +92,15 @@ def _itemsize(subject: Subject) -> int:
 
 def _backbone(subject: Subject) -> int:
     """What the device holds of the backbone before there is an adapter."""
-    parts = ("frozen_weights", "quantization_constants", "model_buffers")
+    parts = ["frozen_weights", "quantization_constants", "model_buffers"]
+    if isinstance(subject.recipe.adapter, FullTraining):
+        parts.append("adapter_weights")
     return sum(subject.rest.device[part] for part in parts)
 
 
 def _largest(subject: Subject) -> int:
     """Bytes of the largest weight of the backbone, before it is packed."""
-    return max(count(p) for p in subject.model.parameters() if not p.requires_grad) * _itemsize(subject)
+    return max(count(p) for p in backbone_parameters(subject.model)) * _itemsize(subject)
 
 
 def _writing(subject: Subject) -> int:
@@ -128,6 +134,19 @@ def _solving(subject: Subject) -> int:
     pairs = max(sum(2 * FP32 * width**2 for width in share) for share in shares)
     weight = max(layer.out_features * layer.in_features for layer in secura_layers(subject.model).values())
     return pairs + SOLVING * FP32 * max(widths) ** 2 + weight * _itemsize(subject)
+
+
+def _decomposing(subject: Subject) -> int:
+    """PEFT's CorDA: all moments, all singular vectors in main memory, one decomposition at a time."""
+    shapes = [
+        (layer.out_features, layer.in_features)
+        for layer in subject.model.modules()
+        if isinstance(layer, LoraLayer)
+    ]
+    moments = sum(FP32 * width**2 for _, width in shapes)
+    vectors = sum(FP32 * min(shape) * sum(shape) for shape in shapes) if subject.device == "cpu" else 0
+    solving = max(SOLVING * FP32 * width**2 + 3 * FP32 * height * width for height, width in shapes)
+    return moments + vectors + solving
 
 
 def _runs(widths: Sequence[int]) -> list[list[int]]:

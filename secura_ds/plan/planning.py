@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedConfig
 
+from secura_ds.backbones.adapter import backbone_of, refuse_stage
 from secura_ds.errors import UserError
 from secura_ds.plan import disk, kernels, phases, traffic
 from secura_ds.plan.blueprint import draw
@@ -128,6 +129,7 @@ def plan(
     if settings is None and ranks > 1:
         settings = deepspeed_file(recipe)
     zero = Zero.read(settings, config.get_text_config().hidden_size)
+    refuse_stage(recipe, zero.stage)
     model = draw(recipe, config, sharded=zero.stage > 0)
     training = recipe.training
     work = work or fullest(recipe)
@@ -157,7 +159,7 @@ def plan(
         ranks=ranks,
         nodes=nodes,
         zero_stage=zero.stage,
-        attention=model.get_base_model().config._attn_implementation,
+        attention=backbone_of(model).config._attn_implementation,
         batch=work.batch,
         length=work.length,
         learnt=work.learnt,
@@ -206,7 +208,7 @@ def fullest(recipe: Recipe) -> Work:
     return Work(batch, length, batch * (length - 1), padded=batch > 1)
 
 
-def gathers(model: PeftModel, events: Sequence[Event], zero: Zero, ranks: int, device: str) -> Gathered:
+def gathers(model: nn.Module, events: Sequence[Event], zero: Zero, ranks: int, device: str) -> Gathered:
     """What ZeRO-3 holds whole at each event of a pass."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     by_module = {

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from secura_ds.backbones.adapter import backbone_of
 from secura_ds.plan import kernels
 from secura_ds.plan.blueprint import decoder_layers
 from secura_ds.plan.loss import forward_and_backward
@@ -65,7 +65,7 @@ class Pass(NamedTuple):
 
 
 def simulate(
-    model: PeftModel,
+    model: nn.Module,
     work: Work,
     *,
     device: str,
@@ -84,13 +84,13 @@ def simulate(
         keeps_gradients: gradients stay where autograd put them, instead of going into DeepSpeed's buffers.
     """
     name, layers = decoder_layers(model)
-    config = model.get_base_model().config
+    config = backbone_of(model).config
     kept = representatives(layers, getattr(config, "layer_types", None))
     tape, offloaded = _Tape(device, work), kernels.Offloaded()
     with ExitStack() as stack:
         stack.enter_context(_no_collector())
         stack.enter_context(_layers(model, name, [layers[i] for i in kept]))
-        stack.enter_context(_checkpointing(model.get_base_model(), checkpointing))
+        stack.enter_context(_checkpointing(backbone_of(model), checkpointing))
         stack.enter_context(kernels.of_device(device, saves_inputs=saves_inputs))
         stack.enter_context(_observed(model, name, tape))
         stack.enter_context(tape)
@@ -330,10 +330,10 @@ def reads(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
-def _layers(model: PeftModel, name: str, layers: list[nn.Module]) -> Iterator[None]:
+def _layers(model: nn.Module, name: str, layers: list[nn.Module]) -> Iterator[None]:
     """Inside the block the model has these layers only."""
     parent, _, attribute = name.rpartition(".")
-    owner, config = model.get_submodule(parent), model.get_base_model().config
+    owner, config = model.get_submodule(parent), backbone_of(model).config
     whole = getattr(owner, attribute)
     setattr(owner, attribute, nn.ModuleList(layers))
     try:

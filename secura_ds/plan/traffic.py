@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from peft import PeftModel
+from torch import nn
 
 from secura_ds.adapter import secura_layers
 from secura_ds.plan.disk import trained_bytes
 from secura_ds.plan.parts import weight
 from secura_ds.plan.settings import Zero
-from secura_ds.recipe import Recipe, SecuraAdapter
+from secura_ds.recipe import CabrSettings, Recipe
 
 LINK = 12.0  # GB/s: what cards without NVLink reach over PCIe 4.0 x16 in ring collectives
 FP32 = 4
 
 
-def per_step(recipe: Recipe, model: PeftModel, zero: Zero, ranks: int, gathered: int) -> dict[str, int]:
+def per_step(recipe: Recipe, model: nn.Module, zero: Zero, ranks: int, gathered: int) -> dict[str, int]:
     """Bytes by purpose, in a ring: what is not this rank's own part.
 
     Args:
@@ -41,10 +41,10 @@ def per_step(recipe: Recipe, model: PeftModel, zero: Zero, ranks: int, gathered:
     }
 
 
-def _fold(recipe: Recipe, model: PeftModel, zero: Zero, factors: int) -> int:
+def _fold(recipe: Recipe, model: nn.Module, zero: Zero, factors: int) -> int:
     """M1 reduces one float a layer and, as M2, gathers A and B; spread over the steps between folds."""
     adapter = recipe.adapter
-    if not isinstance(adapter, SecuraAdapter) or not adapter.fold_every or zero.stage != 3:
+    if not isinstance(adapter, CabrSettings) or not adapter.fold_every or zero.stage != 3:
         return 0
     floats = FP32 * len(secura_layers(model)) if adapter.strategy == "M1" else 0
     return round((factors + floats) / adapter.fold_every)

@@ -13,7 +13,7 @@ from secura_ds.errors import UserError
 from secura_ds.plan.planning import Plan, plan
 from secura_ds.plan.settings import Devices
 from secura_ds.plan.simulation import Work
-from secura_ds.recipe import Recipe, SecuraAdapter, changed
+from secura_ds.recipe import CabrSettings, Recipe, changed
 
 CUDA_RESERVE = 2**30  # CUDA context, NCCL's buffers and the allocator's fragmentation
 ADVICE = 3
@@ -168,7 +168,7 @@ def _candidates(recipe: Recipe, planned: Plan) -> Iterator[_Candidate]:
         yield override("training.activation_offloading=true")
     if backbone.attention == "eager":
         yield override("backbone.attention=auto")
-    m1 = isinstance(recipe.adapter, SecuraAdapter) and recipe.adapter.strategy == "M1"
+    m1 = isinstance(recipe.adapter, CabrSettings) and recipe.adapter.strategy == "M1"
     if backbone.quantization is None and backbone.dtype != "float32" and not m1:
         yield override("backbone.quantization.kind=nf4")
     if training.micro_batch_size > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -18,7 +18,17 @@ def _targets(value: Any) -> Any:
     raise ValueError('should be a list of module names, "all-linear" or null (the family\'s default)')
 
 
-Targets = Annotated[list[str] | Literal["all-linear"] | None, BeforeValidator(_targets)]
+TargetModules = Annotated[list[str] | Literal["all-linear"] | None, BeforeValidator(_targets)]
+
+
+def _preserved(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and (0 < value < 1 or (isinstance(value, int) and 0 < value < 2**31)):
+        return value
+    raise ValueError("should be a whole number above 0, or a share between 0 and 1")
+
+
+Preserved = Annotated[int | float, BeforeValidator(_preserved)]
 
 
 def _patterns(value: dict[str, int]) -> dict[str, int]:
@@ -35,19 +45,24 @@ def _patterns(value: dict[str, int]) -> dict[str, int]:
 Ranks = Annotated[dict[str, PositiveInt], AfterValidator(_patterns)]
 
 
-class Calibration(Section):
-    """How `selection: "calibrated"` finds directions that general inputs do not excite."""
+class CalibrationText(Section):
+    """The text that a method looks at a layer's inputs on."""
 
-    mode: Literal["null", "rows", "project", "whiten"] = "null"
-    """How the factors follow from the second moment of each layer's input."""
     text: File | None = None
     """Own text for calibration, JSONL or plain; null lets the frozen model write it."""
     num_tokens: PositiveInt = 7680
     """Length of the generated text in tokens."""
-    energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    """Share of the activations' energy that mode `project` keeps clear of."""
     seed: Seed = 0
     """Seed of the generated text."""
+
+
+class Calibration(CalibrationText):
+    """How `selection: "calibrated"` finds directions that general inputs do not excite."""
+
+    mode: Literal["null", "rows", "project", "whiten"] = "null"
+    """How the factors follow from the second moment of each layer's input."""
+    energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Share of the activations' energy that mode `project` keeps clear of."""
 
 
 class SMagNorm(Section):
@@ -82,9 +97,9 @@ class SMagNorm(Section):
 
 
 class AdapterTargets(Section):
-    """Which modules an adapter of any method is put on."""
+    """Which modules an adapter is put on, and which are trained whole beside it."""
 
-    target_modules: Targets = None
+    target_modules: TargetModules = None
     """Names of the adapted modules, `all-linear`, or null for the family's default."""
     exclude_modules: list[str] | None = None
     """Names of modules left out although they match."""
@@ -92,11 +107,9 @@ class AdapterTargets(Section):
     """Modules trained whole and stored with the adapter."""
 
 
-class SecuraAdapter(AdapterTargets):
-    """SECURA: CABR-LoRA under S-MagNorm."""
+class CabrSettings(AdapterTargets):
+    """What SECURA and CABR-LoRA share."""
 
-    method: Literal["secura"] = "secura"
-    """The adapter's method."""
     cur_rank: PositiveInt = 64
     """Columns and rows of each weight that the update is built on (r)."""
     inner_rank: PositiveInt = 96
@@ -113,19 +126,44 @@ class SecuraAdapter(AdapterTargets):
     """Fold into the weight (M1) or into the frozen core (M2)."""
     fold_every: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Optimizer steps between folds; 0 folds only at the end."""
-    smagnorm: SMagNorm = SMagNorm()
-    """Settings of S-MagNorm."""
     rank_pattern: Ranks = {}
     """Other values of `cur_rank`, by module name."""
     inner_rank_pattern: Ranks = {}
     """Other values of `inner_rank`, by module name."""
 
 
-class LoraAdapter(AdapterTargets):
-    """LoRA or DoRA of PEFT, for comparison."""
+class SecuraAdapter(CabrSettings):
+    """SECURA: CABR-LoRA under S-MagNorm."""
 
-    method: Literal["lora", "dora"]
+    method: Literal["secura"] = "secura"
     """The adapter's method."""
+    smagnorm: SMagNorm = SMagNorm()
+    """Settings of S-MagNorm."""
+
+
+class CabrAdapter(CabrSettings):
+    """CABR-LoRA: SECURA's update without S-MagNorm, `W + s C (U + A B) R`."""
+
+    method: Literal["cabr"]
+    """The adapter's method."""
+
+
+class CurLoraAdapter(AdapterTargets):
+    """CURLoRA (arXiv 2408.14572): `W + s C U R`, of which U is trained, from 0."""
+
+    method: Literal["cur-lora"]
+    """The adapter's method."""
+    cur_rank: PositiveInt = 64
+    """Columns and rows of each weight, drawn with inverted probabilities, and the size of U (r)."""
+    scaling: PositiveFloat = 1.0
+    """Factor of the update (s)."""
+    rank_pattern: Ranks = {}
+    """Other values of `cur_rank`, by module name."""
+
+
+class LoraSettings(AdapterTargets):
+    """What LoRA and the methods that start from it share."""
+
     rank: PositiveInt = 16
     """Rank of the update."""
     alpha: PositiveFloat = 32.0
@@ -134,4 +172,59 @@ class LoraAdapter(AdapterTargets):
     """Dropout on the adapter's input."""
 
 
-Adapter = Annotated[SecuraAdapter | LoraAdapter, Field(discriminator="method")]
+class LoraAdapter(LoraSettings):
+    """LoRA (arXiv 2106.09685) or DoRA (arXiv 2402.09353), of PEFT."""
+
+    method: Literal["lora", "dora"]
+    """The adapter's method."""
+
+
+class CordaAdapter(LoraSettings):
+    """CorDA (arXiv 2406.05223), of PEFT: LoRA that starts from a part of the weight, chosen by its inputs."""
+
+    method: Literal["corda"]
+    """The adapter's method."""
+    mode: Literal["kpm", "ipm"] = "kpm"
+    """Train the components that the text excites least (knowledge-preserving) or most (previewing)."""
+    calibration: CalibrationText = CalibrationText()
+    """The text whose knowledge is kept, or for `ipm` previewed."""
+
+
+class OsfAdapter(Section):
+    """OSF (arXiv 2504.07097), of PEFT: trains the lesser singular directions of each weight."""
+
+    method: Literal["osf"]
+    """The adapter's method."""
+    target_modules: TargetModules = None
+    """Names of the adapted modules, `all-linear`, or null for the family's default."""
+    effective_rank: Preserved = 0.5
+    """Leading singular directions of each weight that stay: a number, or a share of its smaller side."""
+
+
+class FullTraining(Section):
+    """Training of the weights themselves, without an adapter; the result is a whole checkpoint."""
+
+    method: Literal["full"]
+    """The adapter's method."""
+    target_modules: TargetModules = None
+    """Names of the trained linear layers, `all-linear`, or null for every weight of the model."""
+    exclude_modules: list[str] | None = None
+    """Names of modules left out although they match."""
+
+    @field_validator("exclude_modules")
+    @classmethod
+    def _left_out_of_something(cls, value: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        if value and info.data.get("target_modules") is None:
+            raise ValueError("target_modules is null, which trains every weight: name the modules to train")
+        return value
+
+
+Adapter = (
+    SecuraAdapter | CabrAdapter | CurLoraAdapter | LoraAdapter | CordaAdapter | OsfAdapter | FullTraining
+)
+"""Any method's section."""
+AnyMethod = Annotated[Adapter, Field(discriminator="method")]
+METHODS: tuple[str, ...] = tuple(
+    method for section in get_args(Adapter) for method in get_args(section.model_fields["method"].annotation)
+)
+"""The names of all methods."""

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from secura_ds.errors import UserError, shown
 from secura_ds.reading import NotJson, parse_json, read_json_object
-from secura_ds.recipe.adapter import Adapter, Calibration, SecuraAdapter, SMagNorm
+from secura_ds.recipe.adapter import METHODS, Adapter, CabrSettings, Calibration, SecuraAdapter, SMagNorm
 from secura_ds.recipe.base import RULE
 from secura_ds.recipe.schema import Recipe
 from secura_ds.recipe.sequence import SequenceRecipe
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Location = tuple[int | str, ...]
 Document = TypeVar("Document", Recipe, SequenceRecipe)
 # pydantic puts the value that tells sections apart into the location of an error.
-TAGS = {"method": ("secura", "lora", "dora"), "kind": ("seq", "er", "ewc", "i-lora")}
+TAGS = {"method": METHODS, "kind": ("seq", "er", "ewc", "i-lora")}
 _ALL_TAGS = tuple(tag for tags in TAGS.values() for tag in tags)
 
 
@@ -226,9 +226,10 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 def _without_effect(adapter: Adapter, where: str) -> Iterator[str]:
     """Settings that differ from their default and that nothing reads in this combination."""
-    if not isinstance(adapter, SecuraAdapter):
+    if not isinstance(adapter, CabrSettings):
         return
-    if adapter.smagnorm.apply == "never" and adapter.smagnorm != SMagNorm(apply="never"):
+    norm = adapter.smagnorm if isinstance(adapter, SecuraAdapter) else SMagNorm(apply="never")
+    if norm.apply == "never" and norm != SMagNorm(apply="never"):
         yield f'{where}.smagnorm has settings that have no effect with apply "never"'
     if adapter.selection != "calibrated" and adapter.calibration != Calibration():
         yield f'{where}.calibration has no effect with selection "{adapter.selection}"'

@@ -17,9 +17,22 @@ from pydantic_core import PydanticCustomError
 
 from secura_ds.embedded import EMBEDDED
 from secura_ds.errors import redacted
-from secura_ds.recipe.adapter import Adapter, SecuraAdapter
+from secura_ds.recipe.adapter import (
+    Adapter,
+    AnyMethod,
+    CabrSettings,
+    CordaAdapter,
+    FullTraining,
+    OsfAdapter,
+)
 from secura_ds.recipe.base import RULE, File, Fraction, PositiveFloat, PositiveInt, Section, Seed, find_path
 
+# Why a method needs weights in more than 4 bits.
+WEIGHT_USES = {
+    "osf": "takes the weights apart into singular triplets",
+    "corda": "moves a part of the weights into its adapter",
+    "full": "trains the weights themselves",
+}
 _HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 
 
@@ -269,7 +282,7 @@ class Recipe(Section):
     description: str = ""
     """What it is for and what it needs."""
     backbone: BackboneRecipe
-    adapter: Adapter
+    adapter: AnyMethod
     data: DataRecipe
     training: TrainingRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
@@ -278,8 +291,20 @@ class Recipe(Section):
 
     @field_validator("adapter")
     @classmethod
-    def _m1_needs_whole_weights(cls, value: Adapter, info: ValidationInfo) -> Adapter:
-        refuse_m1_on_4_bit(value, info.data.get("backbone"), "adapter")
+    def _needs_whole_weights(cls, value: Adapter, info: ValidationInfo) -> Adapter:
+        refuse_4_bit(value, info.data.get("backbone"), "adapter")
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _full_training_is_possible(cls, value: TrainingRecipe, info: ValidationInfo) -> TrainingRecipe:
+        if value.save_merged and isinstance(info.data.get("adapter"), FullTraining):
+            raise PydanticCustomError(
+                RULE,
+                'training.save_merged is true, but adapter.method "full" has nothing to merge: its result is '
+                "a whole checkpoint; leave it out",
+            )
+        refuse_rounded_masters(info.data.get("adapter"), info.data.get("backbone"), value, "adapter")
         return value
 
     @field_validator("training")
@@ -322,13 +347,38 @@ def settings_of(recipe: Section) -> dict[str, Any]:
     return dict(json.loads(redacted(json.dumps(settings))))
 
 
-def refuse_m1_on_4_bit(adapter: Adapter, backbone: BackboneRecipe | None, where: str) -> None:
-    """Raise pydantic's error of a rule between sections if `adapter`, at `where`, would fold into 4 bits."""
-    quantized = backbone is not None and backbone.quantization is not None
-    if quantized and isinstance(adapter, SecuraAdapter) and adapter.strategy == "M1":
+def refuse_4_bit(adapter: Adapter, backbone: BackboneRecipe | None, where: str) -> None:
+    """Raise pydantic's error of a rule between sections if `adapter`, at `where`, needs more than 4 bits."""
+    if backbone is None or backbone.quantization is None:
+        return
+    if isinstance(adapter, CabrSettings) and adapter.strategy == "M1":
         raise PydanticCustomError(
             RULE,
-            f'{where}.strategy is "M1", which rewrites the weights, but backbone.quantization keeps them '
+            '{where}.strategy is "M1", which rewrites the weights, but backbone.quantization keeps them '
             'in 4 bits, where an update smaller than a quantization step would vanish: use "M2", or '
             "quantization null",
+            {"where": where},
+        )
+    if isinstance(adapter, OsfAdapter | CordaAdapter | FullTraining):
+        raise PydanticCustomError(
+            RULE,
+            '{where}.method is "{method}", which {what}, but backbone.quantization keeps the weights in '
+            "4 bits: use quantization null, or another method",
+            {"where": where, "method": adapter.method, "what": WEIGHT_USES[adapter.method]},
+        )
+
+
+def refuse_rounded_masters(
+    adapter: Adapter | None, backbone: BackboneRecipe | None, training: StageTraining, where: str
+) -> None:
+    """As `refuse_4_bit`, if whole weights would be trained in half precision without fp32 masters."""
+    if backbone is None or not isinstance(adapter, FullTraining):
+        return
+    if training.deepspeed is None and backbone.dtype != "float32":
+        raise PydanticCustomError(
+            RULE,
+            '{where}.method is "full" and backbone.dtype "{dtype}", in which small updates of a weight '
+            'vanish, and without DeepSpeed there are no fp32 masters: use "float32", or name a '
+            "configuration in training.deepspeed",
+            {"where": where, "dtype": backbone.dtype},
         )

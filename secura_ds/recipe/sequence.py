@@ -9,14 +9,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from secura_ds.recipe.adapter import Adapter, SecuraAdapter
+from secura_ds.recipe.adapter import AnyMethod, CabrSettings
 from secura_ds.recipe.base import RULE, PositiveFloat, PositiveInt, Section, Seed, find_path
 from secura_ds.recipe.schema import (
     BackboneRecipe,
     OutputFolder,
     Probe,
     StageTraining,
-    refuse_m1_on_4_bit,
+    refuse_4_bit,
+    refuse_rounded_masters,
     settings_of,
 )
 
@@ -92,7 +93,7 @@ class Entry(Section):
 
     name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$")]
     """Short name, used in folders and reports."""
-    adapter: Adapter
+    adapter: AnyMethod
     strategy: AnyStrategy = Sequential()
     """How earlier tasks are kept in mind."""
     learning_rates: Annotated[list[PositiveFloat], Field(min_length=1), AfterValidator(_distinct)]
@@ -102,7 +103,7 @@ class Entry(Section):
     @classmethod
     def _combines(cls, value: AnyStrategy, info: ValidationInfo) -> AnyStrategy:
         adapter = info.data.get("adapter")
-        if value.kind in ("ewc", "i-lora") and isinstance(adapter, SecuraAdapter):
+        if value.kind in ("ewc", "i-lora") and isinstance(adapter, CabrSettings):
             reason = (
                 'strategy "M1"' if adapter.strategy == "M1" else "fold_every" if adapter.fold_every else None
             )
@@ -193,7 +194,15 @@ class SequenceRecipe(Section):
     def _entries_fit(cls, value: list[Entry], info: ValidationInfo) -> list[Entry]:
         _distinct([entry.name for entry in value])
         for entry in value:
-            refuse_m1_on_4_bit(entry.adapter, info.data.get("backbone"), f"entry {entry.name}: adapter")
+            refuse_4_bit(entry.adapter, info.data.get("backbone"), f"entry {entry.name}: adapter")
+        return value
+
+    @field_validator("training")
+    @classmethod
+    def _exact_weights(cls, value: StageTraining, info: ValidationInfo) -> StageTraining:
+        for entry in info.data.get("entries") or ():
+            where = f"entry {entry.name}: adapter"
+            refuse_rounded_masters(entry.adapter, info.data.get("backbone"), value, where)
         return value
 
     @field_validator("data")

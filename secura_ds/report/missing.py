@@ -33,6 +33,8 @@ def missing_notes(runs: Sequence[RunFolder]) -> dict[str, list[Missing]]:
 
 def _wanted(run: RunFolder) -> list[tuple[str, str, bool, str]]:
     evaluate = "python launch/evaluate.py RECIPE"
+    whole = run.method == "full"
+    result = f"--model {run.path}/model" if whole else f"--adapter {run.path}/adapter"
     wanted = [
         (
             "scores",
@@ -44,18 +46,18 @@ def _wanted(run: RunFolder) -> list[tuple[str, str, bool, str]]:
             "scores",
             "evaluation.after.json",
             run.after is not None,
-            f"{evaluate} --adapter {run.path}/adapter --out {run.path}/evaluation.after.json",
+            f"{evaluate} {result} --out {run.path}/evaluation.after.json",
         ),
         ("curves", "metrics.jsonl", bool(run.metrics), TRAIN),
         (
             "merge",
             "merge.json",
-            run.merge is not None,
+            run.merge is not None or whole,
             f"python launch/merge.py --base DIR --adapter {run.path}/adapter --out DIR",
         ),
         ("recipe", "recipe.resolved.json", run.recipe is not None, TRAIN),
         ("environment", "environment.json", run.environment is not None, TRAIN),
     ]
-    if run.method == "secura":
+    if run.method in ("secura", "cabr", "cur-lora"):
         wanted.append(("layers", "statistics.jsonl", bool(run.statistics), TRAIN))
     return wanted

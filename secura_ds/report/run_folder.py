@@ -36,7 +36,7 @@ class RunFolder:
 
     @property
     def method(self) -> str:
-        """The adapter's method (`secura`, `lora`, `dora`), or `unknown`."""
+        """The adapter's method (`secura`, `lora` ...), or `unknown`."""
         return str(self.setting("adapter", "method", default="unknown"))
 
     def setting(self, *keys: str, default: Any = None) -> Any:

@@ -18,7 +18,16 @@ CLEAR = 2.0
 SMALL_LOSS = 0.05
 """A rise of general-text loss below this, nats per token (perplexity +5 %), is shown as a small cost."""
 
-METHOD_NAMES = {"secura": "SECURA", "lora": "LoRA", "dora": "DoRA", "osf": "OSF"}
+METHOD_NAMES = {
+    "secura": "SECURA",
+    "cabr": "CABR-LoRA",
+    "cur-lora": "CURLoRA",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "corda": "CorDA",
+    "osf": "OSF",
+    "full": "Full fine-tuning",
+}
 
 
 @dataclass(frozen=True)
@@ -221,12 +230,12 @@ def fact_rows(runs: Sequence[RunFolder]) -> list[list[str]]:
 
 def _method_text(run: RunFolder) -> str:
     adapter = run.setting("adapter", default={})
-    if run.method != "secura":
-        rank = adapter.get("rank")
+    if run.method not in ("secura", "cabr"):
+        rank = adapter.get("rank", adapter.get("cur_rank"))
         return METHOD_NAMES.get(run.method, run.method) + (f", rank {rank}" if rank is not None else "")
     smagnorm = adapter.get("smagnorm") or {}
     parts = [
-        "SECURA",
+        METHOD_NAMES[run.method],
         f"{adapter['strategy']}" if adapter.get("strategy") else "",
         f"r {adapter['cur_rank']}, m {adapter['inner_rank']}"
         if {"cur_rank", "inner_rank"} <= set(adapter)

@@ -49,6 +49,7 @@ def optimizer_state(
         return {}, {}
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    _link(optimizer)
     example, size = next((state[part], part.numel()) for part in flat if state.get(part))
     tensors: dict[str, Tensor] = {}
     numbers: Numbers = {}
@@ -85,12 +86,20 @@ def load_optimizer_state(
             (k, torch.tensor(v, device=device) if isinstance(v, float) else v) for k, v in scalars.items()
         )
         optimizer.optimizer.state[part] = state
-    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
+    _link(optimizer)
     for name, parameter in parameters.items():
         for key in keys:
             _set_state(parameter, key, tensors[f"{name}/{key}"])
+
+
+def _link(optimizer: Any) -> None:
+    """Have ZeRO-1 and 2 point every parameter at its part of the state.
+
+    DeepSpeed does so after the first step of the first group, when the other groups have no state yet.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _flat_parameters(optimizer: Any) -> list[Tensor] | None:

@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_h
 from trl import SFTConfig
 
 from secura_ds import sharding
+from secura_ds.adapter.corda import starts_of
 from secura_ds.backbones import resolve_base
 from secura_ds.checkpoint_files import DTYPES, StoredTensor, open_checkpoint
 from secura_ds.environment import is_main_process
@@ -102,7 +103,7 @@ def export(
     failure: Exception | None = None
     if is_main_process():
         try:
-            with _loading_whole(arguments):
+            with loading_whole(arguments):
                 adapter, out = folder / "adapter", folder / MERGED
                 report = merge(base, adapter, out, overwrite=True, live=weights.read)
             atomic_write_json(folder / "merge.json", asdict(report))
@@ -133,6 +134,7 @@ class _LiveWeights:
     def __init__(self, model: PeftModel, stop_if_asked: Callable[[], None]) -> None:
         self._modules = _changed_weights(model)
         self._order = list(self._modules)
+        self._split = bool(starts_of(model))
         self._folded = bool(getattr(model.peft_config["default"], "folded", False))
         self._stop_if_asked = stop_if_asked
 
@@ -164,9 +166,12 @@ class _LiveWeights:
         return agreed
 
     def _holds(self, stored: StoredTensor) -> bool:
-        """False for a tensor that training replaces, or held only a rounded copy of and did not change."""
+        """False for a tensor that training replaces, or held only a rounded copy of and did not change.
+
+        And where CorDA has taken a part out of it, as its adapter is saved for the whole.
+        """
         module = self._modules.get(stored.name)
-        if module is None or stored.dtype not in DTYPES:
+        if module is None or stored.dtype not in DTYPES or self._split:
             return False
         exact = torch.promote_types(module.weight.dtype, DTYPES[stored.dtype]) == module.weight.dtype
         return exact or self._folded or sharding.is_quantized(module)
@@ -184,7 +189,7 @@ def _changed_weights(model: PeftModel) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _loading_whole(arguments: SFTConfig) -> Iterator[None]:
+def loading_whole(arguments: SFTConfig) -> Iterator[None]:
     """Models loaded in the block are whole, although the run's DeepSpeed configuration is alive."""
     settings = getattr(arguments, "hf_deepspeed_config", None)  # only there with DeepSpeed
     unset_hf_deepspeed_config()

@@ -15,8 +15,9 @@ from secura_ds.files import remove_left_overs
 logger = logging.getLogger(__name__)
 
 MERGED = "merged"
+MODEL = "model"
 OWN_FILES = (
-    "adapter", "checkpoints", "logs", "metrics.jsonl", "statistics.jsonl", "calibration.jsonl",
+    "adapter", MODEL, "checkpoints", "logs", "metrics.jsonl", "statistics.jsonl", "calibration.jsonl",
     "run.json", "recipe.resolved.json", "environment.json", "evaluation.before.json",
     "evaluation.after.json", "merge.json", "report.html", "plots",
     MERGED, f"{MERGED}.partial", f".{MERGED}.partial.lock",
@@ -70,7 +71,7 @@ def describe(folder: Path) -> str | None:
         return f"a run (status {status})"
     except (OSError, ValueError, AttributeError):
         pass
-    if (folder / "adapter").is_dir() or any(folder.glob("checkpoints/step-*")):
+    if any((folder / name).is_dir() for name in ("adapter", MODEL)) or any(folder.glob("checkpoints/step-*")):
         return "a run that was cut off"
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +18,7 @@ from secura_ds.backbones import load_config
 from secura_ds.errors import UserError, first_line
 from secura_ds.plan import Devices, Plan, Verdict, Work, advice, here, judge, plan
 from secura_ds.ranks import from_all
-from secura_ds.recipe import Recipe, SecuraAdapter, changed
+from secura_ds.recipe import CabrSettings, CordaAdapter, Recipe, changed
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ def check_memory(
     """
     if recipe.training.memory_check == "off":
         return None
-    if not calibrates and isinstance(recipe.adapter, SecuraAdapter):
-        recipe = changed(recipe, ["adapter.selection=least"])  # of another choice there is nothing to hold
+    if not calibrates:
+        recipe = _without_calibration(recipe)
     ranks, per_node = environment.world_size(), environment.local_world_size()
     devices = _scarcest(here(per_node=per_node, nodes=max(1, ranks // per_node)))
     config, work = load_config(recipe.backbone), largest_pass(rows, recipe)
@@ -78,6 +79,17 @@ def check_memory(
         raise UserError(f'{message} (training.memory_check "warn" starts it all the same)')
     logger.warning("%s", message)
     return planned
+
+
+def _without_calibration(recipe: Recipe) -> Recipe:
+    """A recipe that holds as much in training, and nothing before it."""
+    adapter = recipe.adapter
+    if isinstance(adapter, CabrSettings):
+        return changed(recipe, ["adapter.selection=least"])
+    if isinstance(adapter, CordaAdapter):
+        same = {"method": "lora", **adapter.model_dump(exclude={"method", "mode", "calibration"})}
+        return changed(recipe, [f"adapter={json.dumps(same)}"])
+    return recipe
 
 
 def largest_pass(rows: Dataset, recipe: Recipe) -> Work:

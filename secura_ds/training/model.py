@@ -6,21 +6,21 @@ import logging
 from collections.abc import Callable, Mapping
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import check_target_module_exists
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import set_seed
 
 from secura_ds import sharding
 from secura_ds.adapter import SecuraConfig, secura_layers
+from secura_ds.adapter.corda import start_tensors
 from secura_ds.adapter.loading import TOLERANCE, fingerprint_error
 from secura_ds.backbones import load_model, load_tokenizer
-from secura_ds.backbones.adapter import adapter_config
-from secura_ds.calibration import Calibration, calibrate
+from secura_ds.calibration import Calibration
 from secura_ds.errors import UserError
 from secura_ds.recipe import Recipe
+from secura_ds.training.method import put_method
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ def build_model(
     sharded: bool = False,
     on_calibration: Callable[[Calibration], object] | None = None,
     factors: Mapping[str, Tensor] | None = None,
-) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load the backbone, calibrate it if the recipe says so, and put the adapter in.
+) -> tuple[PeftModel | PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the backbone, calibrate it if the recipe says so, and put the recipe's method onto it.
 
     Under ZeRO-3 the `SFTConfig` with the DeepSpeed configuration must be alive, so that weights are
     partitioned while they load. Collective there.
@@ -50,22 +50,18 @@ def build_model(
     set_seed(recipe.training.seed)
     tokenizer = load_tokenizer(recipe.backbone)
     model = load_model(recipe.backbone).requires_grad_(False)
-    config = adapter_config(recipe, model.config)
-    _refuse_head(model, config)
     if is_deepspeed_zero3_enabled():
         sharding.assert_partitioned(model)
     if device is not None:
         to_device(model, device)
-    if isinstance(config, SecuraConfig):
-        if factors is not None:
-            config.factors_saved = True
-        elif config.selection == "calibrated":
-            calibration = calibrate(model, tokenizer, config)
-            if on_calibration is not None:
-                on_calibration(calibration)
-    # The adapter's random numbers must not depend on how many calibration drew.
-    set_seed(recipe.training.seed)
-    adapted = _put_adapter(model, config, autocast=not sharded)
+    adapted = put_method(
+        model,
+        tokenizer,
+        recipe,
+        autocast=not sharded,
+        on_calibration=on_calibration,
+        factors=factors,
+    )
     if factors is not None:
         load_factors(adapted, factors)
         _refuse_other_weights(adapted, recipe.backbone.model)
@@ -74,22 +70,29 @@ def build_model(
     return adapted, tokenizer
 
 
-def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def frozen_factors(model: PeftModel) -> dict[str, Tensor]:
-    """C, R and the chosen indices of every SECURA layer: buffers that never change in a run."""
-    return {name: buffer for name, buffer in _buffers(model).items() if ".secura_U." not in name}
+def secura_config(model: nn.Module) -> SecuraConfig | None:
+    """The configuration of the model's SECURA, CABR-LoRA or CURLoRA adapter; None of any other method."""
+    config = model.peft_config["default"] if isinstance(model, PeftModel) else None
+    return config if isinstance(config, SecuraConfig) else None
 
 
-def accumulators(model: PeftModel) -> dict[str, Tensor]:
+def frozen_factors(model: nn.Module) -> dict[str, Tensor]:
+    """What is chosen once and never changes in a run: C, R and indices of SECURA layers, CorDA's starts."""
+    chosen = {name: buffer for name, buffer in _buffers(model).items() if ".secura_U." not in name}
+    return chosen | start_tensors(model)
+
+
+def accumulators(model: nn.Module) -> dict[str, Tensor]:
     """U of every SECURA layer: what folds have added up, (r, r) fp32."""
     return {name: buffer for name, buffer in _buffers(model).items() if ".secura_U." in name}
 
 
-def load_factors(model: PeftModel, factors: Mapping[str, Tensor]) -> None:
+def load_factors(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
     """Fill the buffers that `frozen_factors` named.
 
     Raises:
@@ -107,7 +110,7 @@ def load_factors(model: PeftModel, factors: Mapping[str, Tensor]) -> None:
         buffer.copy_(factors[name])
 
 
-def _refuse_other_weights(model: PeftModel, backbone: str) -> None:
+def _refuse_other_weights(model: nn.Module, backbone: str) -> None:
     """Compare C with the columns of the weights it was taken from, which may have changed under their name.
 
     LoRA and DoRA keep nothing of the weights. Collective under ZeRO-3, one weight at a time.
@@ -124,33 +127,12 @@ def _refuse_other_weights(model: PeftModel, backbone: str) -> None:
                 )
 
 
-def _buffers(model: PeftModel) -> dict[str, Tensor]:
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for prefix, layer in secura_layers(model).items():
         own = layer.named_buffers(prefix)
         found.update((name, buffer) for name, buffer in own if ".base_layer." not in name[len(prefix) :])
     return found
-
-
-def _refuse_head(model: PreTrainedModel, config: PeftConfig) -> None:
-    """The loss is formed from the head's own weight, so an adapter on the head would never be trained."""
-    head = model.get_output_embeddings()
-    name = next(name for name, module in model.named_modules() if module is head)
-    if check_target_module_exists(config, name):
-        raise UserError(
-            f"adapter.target_modules puts an adapter on the head {name}, which training would not reach: "
-            f'leave it out, or train the whole head with adapter.modules_to_save=["{name}"]'
-        )
-
-
-def _put_adapter(model: PreTrainedModel, config: PeftConfig, *, autocast: bool) -> PeftModel:
-    try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast)
-    except ValueError as error:
-        # PEFT's own refusals (no target module matches, an unsupported one) are ValueErrors of several lines.
-        raise UserError(f"adapter.target_modules: {' '.join(str(error).split())}") from error
-    adapted.enable_input_require_grads()
-    return adapted
 
 
 def to_device(model: PreTrainedModel, device: torch.device) -> None:
@@ -165,7 +147,7 @@ def to_device(model: PreTrainedModel, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
-def _one_dtype(model: PeftModel, dtype: torch.dtype) -> None:
+def _one_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Bring what is trained to the backbone's dtype: DeepSpeed flattens a group's parameters into one."""
     for parameter in trainable(model).values():
         if parameter.dtype != dtype:
@@ -179,7 +161,7 @@ def _one_dtype(model: PeftModel, dtype: torch.dtype) -> None:
         )
 
 
-def describe_adapter(model: PeftModel, recipe: Recipe) -> str:
+def describe_adapter(model: nn.Module, recipe: Recipe) -> str:
     """One line: how many parameters are trained, of how many."""
     trained = sum(sharding.full_shape(p).numel() for p in trainable(model).values())
     everything = sum(sharding.full_shape(p).numel() for p in model.parameters())

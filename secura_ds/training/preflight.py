@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from secura_ds import environment
+from secura_ds.backbones.adapter import refuse_stage
 from secura_ds.errors import UserError
 from secura_ds.reading import read_json
 from secura_ds.recipe import Recipe
@@ -55,6 +56,7 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any] | None:
     path = recipe.resolve_path(name)
     settings = read_json(path, remedy="name another DeepSpeed configuration or mend this one")
     _check_settings(settings, recipe, str(path))
+    refuse_stage(recipe, settings["zero_optimization"]["stage"])
     return follow_recipe(settings, recipe, environment.world_size())
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from datasets import Dataset
 from peft import PeftModel
 from safetensors import safe_open
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
 from secura_ds import environment
-from secura_ds.adapter import SecuraConfig, fold, save_adapter
+from secura_ds.adapter import fold, save_adapter
 from secura_ds.backbones import load_tokenizer
 from secura_ds.calibration import Calibration
 from secura_ds.data import build_datasets
@@ -25,7 +26,7 @@ from secura_ds.environment import is_main_process
 from secura_ds.errors import UserError
 from secura_ds.files import atomic_folder, atomic_write_json
 from secura_ds.ranks import on_main
-from secura_ds.recipe import Recipe, SecuraAdapter
+from secura_ds.recipe import CabrSettings, CordaAdapter, Recipe
 from secura_ds.sharding import full_shape
 from secura_ds.training import checkpoint as files
 from secura_ds.training import folder as folders
@@ -44,11 +45,18 @@ from secura_ds.training.callbacks import (
 )
 from secura_ds.training.export import export, require_exportable, require_names
 from secura_ds.training.memory import check_memory
-from secura_ds.training.model import build_model, describe_adapter, frozen_factors, trainable
+from secura_ds.training.model import (
+    build_model,
+    describe_adapter,
+    frozen_factors,
+    secura_config,
+    trainable,
+)
 from secura_ds.training.release import release
 from secura_ds.training.session import Session, session
 from secura_ds.training.strategy import Steps, Strategy
 from secura_ds.training.trainer import Trainer
+from secura_ds.training.whole import save_whole
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +79,7 @@ class RunSummary:
     signal: int | None = None
     """The signal that interrupted the run."""
     merged: str | None = None
-    """The merged checkpoint, where the recipe asks for one."""
+    """The whole checkpoint: merged, where the recipe asks for one, or the result of full training."""
     planned_memory_bytes: int | None = None
     """What the plan said before the run; None without a memory check."""
 
@@ -161,7 +169,7 @@ def _train(
 def _reads(recipe: Recipe) -> list[Path]:
     """What the recipe may take from an earlier run: its text for calibration, its merged checkpoint."""
     adapter = recipe.adapter
-    text = adapter.calibration.text if isinstance(adapter, SecuraAdapter) else None
+    text = adapter.calibration.text if isinstance(adapter, CabrSettings | CordaAdapter) else None
     found = [] if text is None else [recipe.resolve_path(text)]
     backbone = Path(recipe.backbone.model)
     return [*found, backbone] if backbone.is_dir() else found
@@ -277,8 +285,8 @@ def _add_callbacks(trainer: Trainer, recipe: Recipe, folder: Path, signals: Sign
     agreement = Agreement(trainer, signals)
     trainer.add_callback(agreement)
     trainer.add_callback(Steps(trainer.strategy))
-    config = trainer.model.peft_config["default"]
-    if isinstance(config, SecuraConfig):
+    config = secura_config(trainer.model)
+    if config is not None:
         trainer.add_callback(Folding(folder, config.fold_every))
     if is_main_process():
         trainer.add_callback(Log(trainer, folder))
@@ -308,12 +316,17 @@ def _status(agreement: Agreement) -> str:
 def _finish(trainer: Trainer, folder: Path, base: Path | None, agreement: Agreement) -> str | None:
     """Write the adapter and its tokenizer, read them back, and merge them into `base`, if there is one.
 
+    Full training has no adapter: the model itself is written.
+
     Returns:
-        The folder of the merged checkpoint, if it was asked for and no signal came before its end.
+        The folder of the whole checkpoint, if there is to be one and no signal came before its end.
     """
-    model: PeftModel = trainer.model
-    config = model.peft_config["default"]
-    if isinstance(config, SecuraConfig) and config.strategy == "M1":
+    if not isinstance(trainer.model, PeftModel):
+        target = folder / folders.MODEL
+        return str(save_whole(trainer.model, trainer.processing_class, trainer.args, target))
+    model = trainer.model
+    config = secura_config(model)
+    if config is not None and config.strategy == "M1":
         # What is written is then the weight that every later use of the adapter sees.
         fold(model)
     target = folder / "adapter"
@@ -347,7 +360,7 @@ def _check_adapter(folder: Path, trained: int) -> None:
         )
 
 
-def _count(model: PeftModel) -> int:
+def _count(model: nn.Module) -> int:
     return sum(full_shape(p).numel() for p in trainable(model).values())
 
 

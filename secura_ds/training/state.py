@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from secura_ds import sharding
-from secura_ds.adapter import SecuraConfig, secura_layers
+from secura_ds.adapter import secura_layers
 from secura_ds.environment import is_main_process, rank, world_size
 from secura_ds.errors import UserError
 from secura_ds.ranks import from_all
 from secura_ds.training.checkpoint import Checkpoint
-from secura_ds.training.model import accumulators, trainable
+from secura_ds.training.model import accumulators, secura_config, trainable
 
 if TYPE_CHECKING:
     from secura_ds.training.trainer import Trainer
@@ -68,7 +67,7 @@ def capture(trainer: Trainer) -> Checkpoint:
     return Checkpoint(trained, tensors, state, trainer.state_json())
 
 
-def folded_weights(model: PeftModel, most: int = 10**9) -> Iterator[dict[str, Tensor]]:
+def folded_weights(model: nn.Module, most: int = 10**9) -> Iterator[dict[str, Tensor]]:
     """The weights that M1 has folded, gathered one at a time, up to `most` bytes together. Collective.
 
     Only the main process is given them; the other ranks take part.
@@ -103,7 +102,7 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, folded: Iterable[tuple[str
     trainer.strategy.restore(own)
 
 
-def restore_weights(model: PeftModel, checkpoint: Checkpoint, folded: Iterable[tuple[str, Tensor]]) -> None:
+def restore_weights(model: nn.Module, checkpoint: Checkpoint, folded: Iterable[tuple[str, Tensor]]) -> None:
     """Put what a checkpoint holds of the model into it: trained parameters, U and folded weights. Collective.
 
     Args:
@@ -128,7 +127,7 @@ def restore_weights(model: PeftModel, checkpoint: Checkpoint, folded: Iterable[t
         layer.forget()
 
 
-def _restore_folded(model: PeftModel, folded: Iterable[tuple[str, Tensor]]) -> None:
+def _restore_folded(model: nn.Module, folded: Iterable[tuple[str, Tensor]]) -> None:
     weights = _base_weights(model)
     for name, value in folded:
         if name not in weights:
@@ -136,7 +135,9 @@ def _restore_folded(model: PeftModel, folded: Iterable[tuple[str, Tensor]]) -> N
         sharding.set_parameter(weights.pop(name), value)
     if weights:
         raise UserError(f"the checkpoint lacks the folded weight {next(iter(weights))}: use --overwrite")
-    model.peft_config["default"].folded = True
+    config = secura_config(model)
+    assert config is not None
+    config.folded = True
 
 
 def own_part(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -230,12 +231,12 @@ def _move_schedule(scheduler: LambdaLR, steps: int) -> None:
         group["lr"] = rate
 
 
-def _folded(model: PeftModel) -> bool:
-    config = model.peft_config["default"]
-    return isinstance(config, SecuraConfig) and config.folded
+def _folded(model: nn.Module) -> bool:
+    config = secura_config(model)
+    return config is not None and config.folded
 
 
-def _base_weights(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+def _base_weights(model: nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: layer.get_base_layer().weight for name, layer in secura_layers(model).items()}
 
 

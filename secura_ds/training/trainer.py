@@ -16,11 +16,12 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from secura_ds import sharding
 from secura_ds.backbones import head
+from secura_ds.backbones.adapter import backbone_of
 from secura_ds.backbones.head import IGNORED
 from secura_ds.ranks import on_main
 from secura_ds.training import checkpoint as files
@@ -49,7 +50,7 @@ class Trainer(SFTTrainer):
 
     def __init__(
         self,
-        model: PeftModel,
+        model: PeftModel | PreTrainedModel,
         arguments: SFTConfig,
         tokenizer: PreTrainedTokenizerBase,
         train_dataset: Dataset,
@@ -83,7 +84,7 @@ class Trainer(SFTTrainer):
             # SFTTrainer casts what is trained on a 4-bit model to bfloat16, which loses small updates.
             if parameter.dtype != exact[name].dtype:
                 parameter.data = exact[name]
-        backbone = model.get_base_model()
+        backbone = backbone_of(model)
         self.summed_loss = head.computes_summed_loss(backbone)
         if self.summed_loss:
             head.add_summed_loss(backbone)

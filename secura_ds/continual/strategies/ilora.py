@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from secura_ds import sharding
+from secura_ds.backbones.adapter import backbone_of
 from secura_ds.training.model import trainable
 from secura_ds.training.sampling import REPLAYED
 from secura_ds.training.strategy import Replay, Strategy
@@ -126,7 +127,7 @@ def consistency(working: Tensor, remembered: Tensor, mask: Tensor) -> Tensor:
 def _hidden_states(trainer: Trainer) -> Iterator[list[Tensor]]:
     """Inside the block every forward adds the last hidden states (rows, tokens, width) to the list."""
     seen: list[Tensor] = []
-    body = trainer.model.get_base_model().base_model
+    body = backbone_of(trainer.model).base_model
     handle = body.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
     try:
         yield seen

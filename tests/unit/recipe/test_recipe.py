@@ -117,7 +117,8 @@ def test_rules_between_sections(recipe: Path) -> None:
         ("adapter.cur_rank=0", "{path} is 0 from --set: should be greater than 0"),
         (
             "adapter.method=lorra",
-            '{path} is "lorra" from --set: should be one of "secura", "lora", "dora"; did you mean lora?',
+            '{path} is "lorra" from --set: should be one of "secura", "cabr", "cur-lora", "lora", "dora", '
+            '"corda", "osf", "full"; did you mean lora?',
         ),
         (
             "adapter.target_modules=q_proj",
