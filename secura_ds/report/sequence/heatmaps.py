@@ -71,11 +71,11 @@ def _heat_map(entry: Entry, order: tuple[str, ...], number: int, folder: Path | 
             _draw_block(axes, block, theme)
             labels = ["before", *(f"after {short(name, 16)}" for name in order)] if place == 0 else []
             axes.set_yticks(range(len(labels)), labels, color=theme.ink)
-        if len(order) > 1:
-            for row in range(1, len(order) + 1):
-                grid[0].add_patch(Rectangle(
-                    (row - 1.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=theme.ink, linewidth=1.3
-                ))  # fmt: skip
+        for row in range(1, len(order) + 1):
+            # A pale line under the dark one: the frame shows on every colour.
+            for color, width in ((theme.paper, 2.6), (theme.ink, 1.2)):
+                frame = Rectangle((row - 1.45, row - 0.45), 0.9, 0.9, fill=False, ec=color, lw=width)
+                grid[0].add_patch(frame)
 
     seeds = sum(tuple(sequence.order) == order for sequence in entry.sequences)
     mean = f"Mean of {seeds} sequences. " if seeds > 1 else ""
