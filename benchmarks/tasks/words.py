@@ -31,7 +31,7 @@ def counted_words(draw: random.Random) -> Row:
     number = draw.randint(1, 6)
     animals = [wanted] * number + [draw.choice(others) for _ in range(draw.randint(2, 9 - number))]
     draw.shuffle(animals)
-    return written(f"How often is there {wanted}? {' '.join(animals)}", str(number))
+    return written(f"How often does {wanted} occur? {' '.join(animals)}", str(number))
 
 
 def turned_words(draw: random.Random) -> Row:

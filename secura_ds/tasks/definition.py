@@ -18,8 +18,8 @@ from secura_ds.recipe.base import RULE
 from secura_ds.tasks.fields import RUNS_CODE, TaskFields
 
 _STANDARD = "tag:yaml.org,2002:"
-Place = tuple[Path, yaml.Node]
-"""Where a field was given: its file and its node there."""
+Place = tuple[Path, yaml.Node, yaml.Node]
+"""Where a field was given: its file, and its key and value there."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,7 @@ def _merged(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], di
         base_values, base_places = _merged(path.parent / name, (*including, path.resolve()))
         merged |= base_values
         places |= base_places
-    places |= {key.value: (path, key) for key, _ in node.value} | {
-        key.value: (path, value) for key, value in node.value if value.value
-    }
+    places |= {key.value: (path, key, value) for key, value in node.value}
     return merged | values, places
 
 
@@ -163,12 +161,12 @@ def _where(path: Path, places: dict[str, Place], location: tuple[int | str, ...]
     """`file:line` of the innermost part of a location that the file has."""
     if not location or str(location[0]) not in places:
         return f"{path}:1"
-    path, node = places[str(location[0])]
+    path, node, value = places[str(location[0])]
     for part in location[1:]:
-        inner = _inner(node, part)
+        inner = _inner(value, part)
         if inner is None:
             break
-        node = inner
+        node = value = inner
     return f"{path}:{node.start_mark.line + 1}"
 
 

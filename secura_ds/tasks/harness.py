@@ -25,13 +25,13 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_ds.data.encoding import inner_tokens, plain_tokens, render
 from secura_ds.environment import is_main_process
 from secura_ds.evaluation.batching import pad_left
 from secura_ds.evaluation.metrics import canonical_json
-from secura_ds.evaluation.task import end_tokens
+from secura_ds.evaluation.task import greedy
 
 __all__ = ["AskedModel", "evaluate", "mean", "mean_stderr", "quiet", "rendered"]
 
@@ -109,7 +109,6 @@ class AskedModel(HFLM):
                 softmax_dtype="float32",
             )
         self._silent = not (progress and is_main_process())
-        self._ends = end_tokens(model, tokenizer)
 
     @property
     def has_template(self) -> bool:
@@ -162,16 +161,10 @@ class AskedModel(HFLM):
         return [answer.strip() for answer in answers]
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **given: Any) -> Tensor:
-        settings = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_length - context.shape[1],
-            eos_token_id=self._ends,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
         output: Tensor = self.model.generate(
             input_ids=context,
             attention_mask=given["attention_mask"],
-            generation_config=settings,
+            generation_config=greedy(self.model, self.tokenizer, max_length - context.shape[1]),
             stopping_criteria=stop_sequences_criteria(
                 self.tokenizer, stop, context.shape[1], context.shape[0]
             ),

@@ -154,7 +154,9 @@ def _declared(definition: Definition) -> Task:
     """A task of a checked file; lm-eval gets its local rows in memory, and leaves no file anywhere."""
     from secura_ds.tasks.harness import quiet
 
-    fields, values = definition.fields, dict(definition.values)
+    fields = definition.fields
+    # Without samples, lm-eval would make a list of all training rows, of which nothing is asked.
+    values = {**definition.values, "fewshot_config": {"samples": []}}
     rows: dict[str, list[dict[str, Any]]] = {}
     if fields.is_local:
         rows = {split: _rows(path) for split, path in definition.data_files.items()}
