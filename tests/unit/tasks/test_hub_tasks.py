@@ -1,7 +1,7 @@
 """Hub tasks by name: rows with the hub's columns become the prompts, answers and scores they should.
 
-The hub's data cannot be fetched here. Each fixture has one row with the columns its data set had when this was
-written; what the hub serves today may differ.
+No data are fetched. Each fixture has one row with the columns that the task's file reads and that its data
+set is known to have; what the hub serves today may differ.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ FIXTURES: dict[str, tuple[dict[str, Any], str, str]] = {
         "Translate to German: Good day.", "Guten Tag.",
     ),
     "logiqa": (
-        {"label": "b", "context": "C.", "question": "Q?", "options": ["w", "x", "y", "z"]},
-        "Passage: C.\nQuestion: Q?\nChoices:\nA. w\nB. x\nC. y\nD. z\nAnswer:", "x",
+        {"context": "C.", "query": "Q?", "options": ["w", "x", "y", "z"], "correct_option": 1},
+        "Passage: C.\nQuestion: Q?\nAnswer:", "x",
     ),
     "arc_easy": (
         {"id": "a", "question": "What burns?", "choices": LETTERS, "answerKey": "B"},
@@ -57,21 +57,21 @@ FIXTURES: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "sciq": (
         {
-            "question": "Q?", "distractor1": "a", "distractor2": "b", "distractor3": "c", "correct_answer": "d",
-            "support": " S.",
+            "question": "Q?", "distractor1": "a", "distractor2": "b", "distractor3": "c",
+            "correct_answer": "d", "support": " S.",
         },
         "S.\nQuestion: Q?\nAnswer:", "d",
     ),
-    "boolq": (
-        {"question": "is it so", "passage": "It is.", "idx": 0, "label": 1},
-        "It is.\nQuestion: is it so?\nAnswer:", "yes",
-    ),
-    "swag": (
+    "hellaswag": (
         {
-            "video-id": "a", "fold-ind": "0", "startphrase": "She", "sent1": "s", "sent2": "t", "gold-source": "g",
-            "ending0": "runs.", "ending1": "sits.", "ending2": "eats.", "ending3": "sings.", "label": 2,
+            "ind": 1, "activity_label": "Running", "ctx_a": "She is out.", "ctx_b": "she", "label": "2",
+            "endings": ["runs.", "sits.", "eats.", "sings."], "ctx": "She is out. she", "source_id": "s",
         },
-        "She", "eats.",
+        "Running: She is out. She", "eats.",
+    ),
+    "winogrande": (
+        {"sentence": "Ann thanked Eva since _ helped.", "option1": "Ann", "option2": "Eva", "answer": "2"},
+        "Ann thanked Eva since Eva", "helped.",
     ),
     "squad": (
         {
