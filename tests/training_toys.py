@@ -77,13 +77,13 @@ def launch(
     )
 
 
-def command(recipe: Path, *options: str, ranks: int = 0) -> list[str]:
-    script = [str(REPOSITORY / "launch" / "train.py"), str(recipe), *options]
+def command(recipe: Path, *options: str, ranks: int = 0, script: str = "train.py") -> list[str]:
+    words = [str(REPOSITORY / "launch" / script), str(recipe), *options]
     if not ranks:
-        return [sys.executable, *script]
+        return [sys.executable, *words]
     port = str(20000 + os.getpid() % 20000)
     launcher = str(Path(sys.executable).parent / "deepspeed")
-    return [launcher, "--num_accelerators", str(ranks), "--master_port", port, *script]
+    return [launcher, "--num_accelerators", str(ranks), "--master_port", port, *words]
 
 
 def free_port() -> int:

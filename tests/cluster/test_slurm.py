@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,8 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from continual_toys import strategies, write_sequence_toy
 from slurm_cluster import Cluster, tail, why_not
-from training_toys import REPOSITORY, adapter, launch, lines, losses, quiet_environment, write_toy
+from training_toys import (
+    REPOSITORY,
+    adapter,
+    command,
+    launch,
+    lines,
+    losses,
+    quiet_environment,
+    write_toy,
+)
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -66,8 +77,8 @@ def steps_of(run: Path) -> int:
 def wait_until(reached: Callable[[], bool], toy: Path, job: str, patience: float = 90) -> None:
     until = time.monotonic() + patience
     while not reached():
-        own = toy.parent / f"secura-train-{job}.log"
-        ended = own.is_file() and "ended with status" in (own.read_text().splitlines() or [""])[-1]
+        own = "".join(path.read_text() for path in toy.parent.glob(f"secura-*-{job}.log"))
+        ended = "ended with status" in (own.splitlines() or [""])[-1]
         assert time.monotonic() < until and not ended, tail(logs(toy, job))
         time.sleep(0.05)
 
@@ -197,6 +208,48 @@ def test_a_sweep_runs_side_by_side_and_starts_again_so_often_only(cluster: Clust
         False,
         True,
     ]
+
+
+def test_preempted_task_sequences_are_those_that_were_not(
+    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Told to end within the second task, the job goes on there by itself, on two nodes."""
+    folder = tmp_path_factory.mktemp("sequences")
+    (folder / "launch").symlink_to(REPOSITORY / "launch")
+    recipe = write_sequence_toy(
+        folder,
+        tasks=["sums", "sizes"],
+        entries=[
+            {
+                "name": "secura",
+                "adapter": {"method": "secura", "cur_rank": 7, "inner_rank": 9},
+                "strategy": strategies()["i-lora"],
+                "learning_rates": [0.01],
+            }
+        ],
+    )
+    own = ["training.deepspeed=zero3.json", "training.max_steps=120", "evaluation.scores=false"]
+    arguments = ["sequences.json", *(word for value in own for word in ("--set", value))]
+    options = ["--nodes=2", "--gpus-per-node=1"]
+    job = submit(cluster, recipe, "continual.sbatch", *arguments, options=options)
+    second = folder / "results/sequences/secura-lr0.01-order1-seed0/stages/02-sizes"
+    wait_until(lambda: steps_of(second) > 10, recipe, job)
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.wait_for_requeue(job)
+    assert 10 < steps_of(second) < 120
+    assert cluster.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", tail(logs(recipe, job))
+    said = "".join(path.read_text() for path in logs(recipe, job))
+    assert "ended with status 75" in said and "1 of 1 sequences finished" in said
+    assert "Traceback" not in said
+    whole = command(recipe, *arguments[1:], "--set", "output_dir=whole", ranks=2, script="continual.py")
+    done = subprocess.run(
+        whole, cwd=folder, env=quiet_environment(), capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    uninterrupted = folder / "whole" / second.relative_to(folder / "results")
+    assert losses(second) == losses(uninterrupted)
+    expected, found = adapter(uninterrupted), adapter(second)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
 
 
 def test_a_merge_is_a_job_too(cluster: Cluster, toy: Path, preempted: tuple[str, Path]) -> None:
