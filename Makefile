@@ -50,8 +50,8 @@ format: setup
 	ruff format .
 	ruff check --fix .
 
-schema: setup  ## write recipes/recipe.schema.json anew, after a change of secura_ds/recipe
-	$(CPU) python -c "from pathlib import Path; from secura_ds.files import atomic_write_json; from secura_ds.recipe import recipe_schema; atomic_write_json(Path('recipes/recipe.schema.json'), recipe_schema())"
+schema: setup  ## write recipes/*.schema.json anew, after a change of secura_ds/recipe
+	$(CPU) python -c "from pathlib import Path; from secura_ds.files import atomic_write_json as write; from secura_ds.recipe import Recipe, SequenceRecipe, recipe_schema; write(Path('recipes/recipe.schema.json'), recipe_schema(Recipe)); write(Path('recipes/sequence.schema.json'), recipe_schema(SequenceRecipe))"
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from secura_ds.environment import is_main_process
+from secura_ds.errors import UserError
 
 T = TypeVar("T")
 
@@ -25,6 +27,16 @@ def batches(
             batch = order[start : start + size]
             yield batch
             bar.update(len(batch))
+
+
+def check_enough(path: Path, found: int, what: str, asked: int | None) -> None:
+    """Refuse a probe with fewer items than a recipe asks for: its score would be of something else.
+
+    Raises:
+        UserError: names both numbers.
+    """
+    if asked is not None and found < asked:
+        raise UserError(f"{path} has {found} {what}, but max_items is {asked}: lower it, or leave it out")
 
 
 def pad_left(

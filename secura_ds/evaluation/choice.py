@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_ds.data.encoding import plain_tokens
 from secura_ds.errors import UserError
-from secura_ds.evaluation.batching import batches, pad_left
+from secura_ds.evaluation.batching import batches, check_enough, pad_left
 from secura_ds.evaluation.metrics import bootstrap_stderr
 from secura_ds.reading import read_rows
 
@@ -34,9 +34,11 @@ def read_questions(path: Path, max_items: int | None = None) -> list[Question]:
     """Rows `{"question", "choices", "answer", "topic"?}` of a JSONL file.
 
     Raises:
-        UserError: a row is malformed; names the line.
+        UserError: a row is malformed; names the line. Or there are fewer than `max_items`.
     """
-    return [_question(where, row) for where, row in read_rows(path)[:max_items]]
+    rows = read_rows(path)
+    check_enough(path, len(rows), "questions", max_items)
+    return [_question(where, row) for where, row in rows[:max_items]]
 
 
 def _question(where: str, row: Mapping[str, Any]) -> Question:

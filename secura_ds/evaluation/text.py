@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_ds.errors import UserError
-from secura_ds.evaluation.batching import batches
+from secura_ds.evaluation.batching import batches, check_enough
 from secura_ds.evaluation.metrics import bootstrap_stderr
 from secura_ds.reading import read_text
 
@@ -60,11 +60,12 @@ def read_windows(
     """The text's tokens in windows of equal length.
 
     Raises:
-        UserError: the file is missing, too short, or not UTF-8.
+        UserError: the file is missing, shorter than asked for, or not UTF-8.
     """
     ids: list[int] = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise UserError(f"{path}: the text has {len(ids)} tokens, at least 2 are needed")
     width = min(WINDOW, len(ids))
     windows = [ids[start : start + width] for start in range(0, len(ids) - width + 1, width)]
+    check_enough(path, len(windows), f"windows of {width} tokens", max_items)
     return windows[:max_items]
