@@ -2,6 +2,7 @@
 
 from secura_ds.recipe.adapter import (
     METHODS,
+    WEIGHT_USES,
     Adapter,
     CabrAdapter,
     CabrSettings,
@@ -18,7 +19,6 @@ from secura_ds.recipe.adapter import (
 )
 from secura_ds.recipe.loading import changed, load_recipe, recipe_schema
 from secura_ds.recipe.schema import (
-    WEIGHT_USES,
     BackboneRecipe,
     DataRecipe,
     EvaluationRecipe,

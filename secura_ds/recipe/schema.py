@@ -17,15 +17,9 @@ from pydantic_core import PydanticCustomError
 
 from secura_ds.embedded import EMBEDDED
 from secura_ds.errors import redacted
-from secura_ds.recipe.adapter import Adapter, CabrSettings, CordaAdapter, FullTraining, OsfAdapter
+from secura_ds.recipe.adapter import WEIGHT_USES, Adapter, CabrSettings, FullTraining
 from secura_ds.recipe.base import RULE, File, Fraction, PositiveFloat, PositiveInt, Section, Seed, find_path
 
-# Why a method needs weights in more than 4 bits.
-WEIGHT_USES = {
-    "osf": "takes the weights apart into singular triplets",
-    "corda": "moves a part of the weights into its adapter",
-    "full": "trains the weights themselves",
-}
 _HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 
 
@@ -287,7 +281,7 @@ class Recipe(Section):
                 'in 4 bits, where an update smaller than a quantization step would vanish: use "M2", or '
                 "quantization null",
             )
-        if isinstance(value, OsfAdapter | CordaAdapter | FullTraining):
+        if value.method in WEIGHT_USES:
             raise PydanticCustomError(
                 RULE,
                 'adapter.method is "{method}", which {what}, but backbone.quantization keeps the weights in '
