@@ -1,4 +1,4 @@
-"""Write one self-contained HTML page from a run folder, or a comparison of several."""
+"""Write one self-contained HTML page from a run or from task sequences, or a comparison of several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from secura_ds.report import write_report
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, write the page and print its path."""
     parser = argparse.ArgumentParser(prog="launch/report.py", description=__doc__)
-    parser.add_argument("run_dir", nargs="+", type=Path, metavar="RUN_DIR", help="a run's output_dir")
+    parser.add_argument(
+        "run_dir",
+        nargs="+",
+        type=Path,
+        metavar="RUN_DIR",
+        help="the output_dir of launch/train.py, or of launch/continual.py",
+    )
     parser.add_argument(
         "--out",
         type=Path,

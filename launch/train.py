@@ -10,16 +10,12 @@ After one of the last two, which a cluster sends, the exit status is 75.
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import transformers
-
 import secura_ds  # noqa: F401 - registers our adapter with PEFT
 from secura_ds.backbones import load_tokenizer
+from secura_ds.console import set_up_console
 from secura_ds.data import build_datasets, show_examples
 from secura_ds.environment import is_main_process
 from secura_ds.errors import run_command
@@ -28,13 +24,11 @@ from secura_ds.recipe import Recipe, load_recipe
 from secura_ds.stopping import exit_status
 from secura_ds.training import RunSummary, train
 
-logger = logging.getLogger("secura_ds")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, train, and say where the result is."""
     options = _parser().parse_args(arguments)
-    _quiet()
+    set_up_console()
     recipe = load_recipe(options.recipe, options.set)
     if options.show_examples is not None:
         return _show(recipe, options.show_examples)
@@ -63,20 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser
-
-
-def _quiet() -> None:
-    """Our own lines on the main process; of the libraries only what is wrong."""
-    level = logging.INFO if is_main_process() else logging.ERROR
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("secura_ds").setLevel(level)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # transformers accumulates gradients itself and tells accelerate 1, whatever DeepSpeed is told.
-    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
-    # Libraries tell each other what will change; a user can do nothing about it.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    if not is_main_process():
-        transformers.utils.logging.disable_progress_bar()
 
 
 def _show(recipe: Recipe, count: int) -> int:

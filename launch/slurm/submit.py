@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from secura_ds.errors import UserError, run_command
-from secura_ds.recipe import load_recipe
+from secura_ds.recipe import describes_sequences, load_recipe, load_sequence_recipe
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
@@ -29,16 +29,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     cut = given.index("--") if "--" in given else len(given)
     options, passed = _parser().parse_args(given[:cut]), given[cut + 1 :]
-    load_recipe(options.recipe, _overrides(passed))
+    script = _checked(options.recipe, _overrides(passed))
     chosen = {name: getattr(options, name.replace("-", "_")) for name in (*SBATCH, *VARIABLES)}
     recipe = options.recipe.resolve()
     recipe = recipe.relative_to(REPOSITORY) if recipe.is_relative_to(REPOSITORY) else recipe
-    template = (HERE / "train.sbatch").read_text(encoding="utf-8")
-    script = job_script(template, {k: v for k, v in chosen.items() if v is not None}, [str(recipe), *passed])
+    template = (HERE / script).read_text(encoding="utf-8")
+    job = job_script(template, {k: v for k, v in chosen.items() if v is not None}, [str(recipe), *passed])
     if options.dry_run:
-        print(script, end="")
+        print(job, end="")
         return 0
-    return _submit(script)
+    return _submit(job)
+
+
+def _checked(recipe: Path, overrides: Sequence[str]) -> str:
+    """Check the recipe; the job script for what it describes."""
+    if describes_sequences(recipe):
+        load_sequence_recipe(recipe, overrides)
+        return "continual.sbatch"
+    load_recipe(recipe, overrides)
+    return "train.sbatch"
 
 
 def job_script(template: str, chosen: dict[str, str], arguments: Sequence[str]) -> str:
@@ -58,9 +67,9 @@ def job_script(template: str, chosen: dict[str, str], arguments: Sequence[str]) 
             variable = name.replace("-", "_").upper()
             pattern, line = rf'{variable}="\$\{{.*', f"{variable}={shlex.quote(value)}"
         template, found = re.subn(f"(?m)^{pattern}$", line.replace("\\", r"\\"), template)
-        assert found == 1, f"train.sbatch has {found} lines for --{name}"
+        assert found == 1, f"the job script has {found} lines for --{name}"
     head, mark, rest = template.partition("\ncd ")
-    assert mark, "train.sbatch changes no folder"
+    assert mark, "the job script changes no folder"
     return f"{head}\nset -- {shlex.join(arguments)}{mark}{rest}"
 
 
@@ -74,7 +83,7 @@ def _submit(script: str) -> int:
 
 
 def _overrides(passed: Sequence[str]) -> list[str]:
-    """The values of --set among the options of launch/train.py."""
+    """The values of --set among the options of the command."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--set", action="append", default=[])
     overrides: list[str] = parser.parse_known_args(list(passed))[0].set
@@ -84,7 +93,7 @@ def _overrides(passed: Sequence[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch/slurm/submit.py",
-        usage="%(prog)s RECIPE [options] [-- options of launch/train.py]",
+        usage="%(prog)s RECIPE [options] [-- options of launch/train.py or launch/continual.py]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -48,7 +48,7 @@ def encode(
     ids: list[int] = []
     labels: list[int] = []
     for text, learnt, starts in _pieces(example, tokenizer):
-        piece = plain_tokens(tokenizer, text) if starts else _inner_tokens(tokenizer, text)
+        piece = plain_tokens(tokenizer, text) if starts else inner_tokens(tokenizer, text)
         if learnt and not _ends_turn(tokenizer, piece) and tokenizer.eos_token_id is not None:
             piece = [*piece, tokenizer.eos_token_id]
         ids += piece
@@ -63,7 +63,7 @@ def render_prompt(
     if tokenizer.chat_template is None and isinstance(prompt, str):
         return plain_tokens(tokenizer, prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return _inner_tokens(tokenizer, render(tokenizer, messages, where, ask=True))
+    return inner_tokens(tokenizer, render(tokenizer, messages, where, ask=True))
 
 
 def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool, bool]]:
@@ -125,7 +125,7 @@ def render(
         ) from error
 
 
-def _inner_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def inner_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokens of a text that brings its own special tokens, or goes on from another."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids

@@ -50,7 +50,7 @@ def evaluate(
         UserError: a task's or probe's file is bad; names the place.
     """
     document: dict[str, Any] = {"task": None, "probes": {}}
-    with _evaluating(model):
+    with evaluating(model):
         size = evaluation.batch_size
         if (task := evaluation.task) is not None:
             document["task"] = _part(
@@ -86,7 +86,8 @@ def _run_probe(
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block forwards need no gradients, drop nothing out and see whole weights."""
     was_training = model.training
     model.eval()
     try:

@@ -67,12 +67,7 @@ def generate(
     progress: bool = True,
 ) -> list[str]:
     """Greedy answers, in the order of `prompts`, without special tokens and blanks at the ends."""
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-    )
+    settings = greedy(model, tokenizer, max_new_tokens)
     answers = [""] * len(prompts)
     for batch in batches(prompts, batch_size, len, "task", progress=progress):
         ids, mask = pad_left([prompts[i] for i in batch], tokenizer, model.device)
@@ -80,6 +75,21 @@ def generate(
         for i, row in zip(batch, output[:, ids.shape[1] :], strict=True):
             answers[i] = tokenizer.decode(row, skip_special_tokens=True).strip()
     return answers
+
+
+def greedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> GenerationConfig:
+    """Settings of greedy answers; what is left out, the model's own would fill in (Qwen's penalty, say)."""
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+    )
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

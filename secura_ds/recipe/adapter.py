@@ -223,6 +223,7 @@ Adapter = (
     SecuraAdapter | CabrAdapter | CurLoraAdapter | LoraAdapter | CordaAdapter | OsfAdapter | FullTraining
 )
 """Any method's section."""
+AnyMethod = Annotated[Adapter, Field(discriminator="method")]
 METHODS: tuple[str, ...] = tuple(
     method for section in get_args(Adapter) for method in get_args(section.model_fields["method"].annotation)
 )

@@ -8,21 +8,25 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from secura_ds.errors import UserError, shown
 from secura_ds.reading import NotJson, parse_json, read_json_object
-from secura_ds.recipe.adapter import METHODS, CabrSettings, Calibration, SecuraAdapter, SMagNorm
+from secura_ds.recipe.adapter import METHODS, Adapter, CabrSettings, Calibration, SecuraAdapter, SMagNorm
 from secura_ds.recipe.base import RULE
 from secura_ds.recipe.schema import Recipe
+from secura_ds.recipe.sequence import SequenceRecipe
 
 logger = logging.getLogger(__name__)
 
 Location = tuple[int | str, ...]
-TAGS = METHODS  # pydantic puts the adapter's method into the location of an error
+Document = TypeVar("Document", Recipe, SequenceRecipe)
+# pydantic puts the value that tells sections apart into the location of an error.
+TAGS = {"method": METHODS, "kind": ("seq", "er", "ewc", "i-lora")}
+_ALL_TAGS = tuple(tag for tags in TAGS.values() for tag in tags)
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -35,20 +39,51 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: all problems, one a line: where, what was given, what is allowed, and the file.
     """
-    path = Path(path)
+    recipe = _load(Recipe, Path(path), overrides)
+    for warning in _without_effect(recipe.adapter, "adapter"):
+        logger.warning("%s (%s)", warning, path)
+    return recipe
+
+
+def load_sequence_recipe(path: Path | str, overrides: Sequence[str] = ()) -> SequenceRecipe:
+    """Read, override and check a recipe of task sequences; as `load_recipe`.
+
+    Raises:
+        UserError: all problems, one a line.
+    """
+    recipe = _load(SequenceRecipe, Path(path), overrides)
+    for entry in recipe.entries:
+        for warning in _without_effect(entry.adapter, f"entry {entry.name}: adapter"):
+            logger.warning("%s (%s)", warning, path)
+    return recipe
+
+
+def describes_sequences(path: Path | str) -> bool:
+    """Whether a recipe is one of task sequences (launch/continual.py), not of a training run.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    return "entries" in _read(Path(path))
+
+
+def _load(kind: type[Document], path: Path, overrides: Sequence[str]) -> Document:
     values = _read(path)
+    if ("entries" in values) != (kind is SequenceRecipe):
+        if kind is Recipe:
+            raise UserError(f"{path} describes task sequences: run it with launch/continual.py")
+        if "adapter" in values:
+            raise UserError(f"{path} describes a training run: run it with launch/train.py")
     problems = [problem for text in overrides if (problem := _override(values, text))]
     changed = [text.partition("=")[0].strip() for text in overrides]
     recipe = None
     try:
-        recipe = Recipe.model_validate(values, context={"folder": path.resolve().parent})
+        recipe = kind.model_validate(values, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        problems += [_explain(details, changed) for details in error.errors(include_url=False)]
+        problems += [_explain(details, changed, kind) for details in error.errors(include_url=False)]
     if recipe is None or problems:
         raise UserError("\n".join(f"{problem} ({path})" for problem in problems))
     recipe._folder = path.resolve().parent
-    for warning in _without_effect(recipe):
-        logger.warning("%s (%s)", warning, path)
     return recipe
 
 
@@ -64,18 +99,18 @@ def changed(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
         result = Recipe.model_validate(values, context={"folder": recipe.folder})
     except ValidationError as error:
         names = [text.partition("=")[0].strip() for text in overrides]
-        problems += [_explain(details, names) for details in error.errors(include_url=False)]
+        problems += [_explain(details, names, Recipe) for details in error.errors(include_url=False)]
     if problems:
         raise UserError("\n".join(problems))
     result._folder = recipe.folder
     return result
 
 
-def recipe_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe, for editors; `recipes/recipe.schema.json` holds it."""
+def recipe_schema(kind: type[Recipe] | type[SequenceRecipe] = Recipe) -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors; `recipes/*.schema.json` hold it."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **Recipe.model_json_schema(by_alias=True),
+        **kind.model_json_schema(by_alias=True),
     }
 
 
@@ -123,23 +158,26 @@ def _override(values: dict[str, Any], text: str) -> str | None:
     return None
 
 
-def _explain(details: ErrorDetails, changed: list[str]) -> str:
+def _explain(details: ErrorDetails, changed: list[str], document: type[BaseModel]) -> str:
     """One problem in one line, from pydantic's account of it."""
     location, kind, given = details["loc"], details["type"], details["input"]
     if kind.startswith("union_tag"):
-        location, given = (*location, "method"), given.get("method") if isinstance(given, dict) else given
-    key = ".".join(str(part) for part in location if part not in TAGS)
+        name = details["ctx"]["discriminator"].strip("'")
+        location, given = (*location, name), given.get(name) if isinstance(given, dict) else given
+    key = ".".join(str(part) for part in location if part not in _ALL_TAGS)
     origin = " from --set" if any(key == name or key.startswith(name + ".") for name in changed) else ""
     key = shown(key)
     if kind == "extra_forbidden":
-        return f"{key}{origin} is no known key{_nearest(location)}"
+        return f"{key}{origin} is no known key{_nearest(location, document)}"
     if kind == "missing":
         return f"{key} is missing; it has no default"
     if kind == RULE:
         return details["msg"]
     message = details["msg"].removeprefix("Value error, ").replace("Input should", "should")
     if kind.startswith("union_tag"):
-        message = f"should be one of {', '.join(json.dumps(tag) for tag in TAGS)}"
+        message = f"should be one of {', '.join(json.dumps(tag) for tag in TAGS[name])}"
+        if matches := difflib.get_close_matches(str(given), TAGS[name], n=1):
+            message += f"; did you mean {matches[0]}?"
     elif kind.startswith("model"):
         message = "should be an object"
     return f"{key} is {_short(given)}{origin}: {message}"
@@ -152,15 +190,15 @@ def _short(given: Any) -> str:
         return f"a deeply nested {type(given).__name__}"
 
 
-def _nearest(location: Location) -> str:
+def _nearest(location: Location, document: type[BaseModel]) -> str:
     """A hint for an unknown key: the nearest one beside it, or the same one elsewhere in a recipe."""
     path = [str(part) for part in location if isinstance(part, str)]
-    known = list(_keys(Recipe))
+    known = list(_keys(document))
     siblings = [key[-1] for key in known if list(key[:-1]) == path[:-1]]
     if matches := difflib.get_close_matches(path[-1], siblings, n=1):
         return f"; did you mean {matches[0]}?"
     if elsewhere := [key for key in known if key[-1] == path[-1]]:
-        return f"; did you mean {'.'.join(part for part in elsewhere[0] if part not in TAGS)}?"
+        return f"; did you mean {'.'.join(part for part in elsewhere[0] if part not in _ALL_TAGS)}?"
     return f"; there are {', '.join(siblings)}"
 
 
@@ -170,7 +208,12 @@ def _keys(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tupl
         here = (*prefix, field.alias or name)
         yield here
         for part in _models(field.annotation):
-            tags = get_args(part.model_fields["method"].annotation) if "method" in part.model_fields else ()
+            tags = [
+                tag
+                for name in TAGS
+                if name in part.model_fields and len(_models(field.annotation)) > 1
+                for tag in get_args(part.model_fields[name].annotation)
+            ]
             for place in [(*here, tag) for tag in tags] or [here]:
                 yield from _keys(part, place)
 
@@ -181,15 +224,14 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for part in get_args(annotation) for model in _models(part)]
 
 
-def _without_effect(recipe: Recipe) -> Iterator[str]:
+def _without_effect(adapter: Adapter, where: str) -> Iterator[str]:
     """Settings that differ from their default and that nothing reads in this combination."""
-    adapter = recipe.adapter
     if not isinstance(adapter, CabrSettings):
         return
     norm = adapter.smagnorm if isinstance(adapter, SecuraAdapter) else SMagNorm(apply="never")
     if norm.apply == "never" and norm != SMagNorm(apply="never"):
-        yield 'adapter.smagnorm has settings that have no effect with apply "never"'
+        yield f'{where}.smagnorm has settings that have no effect with apply "never"'
     if adapter.selection != "calibrated" and adapter.calibration != Calibration():
-        yield f'adapter.calibration has no effect with selection "{adapter.selection}"'
+        yield f'{where}.calibration has no effect with selection "{adapter.selection}"'
     if adapter.calibration.mode != "project" and adapter.calibration.energy != Calibration().energy:
-        yield f'adapter.calibration.energy has no effect with mode "{adapter.calibration.mode}"'
+        yield f'{where}.calibration.energy has no effect with mode "{adapter.calibration.mode}"'

@@ -17,7 +17,13 @@ from pydantic_core import PydanticCustomError
 
 from secura_ds.embedded import EMBEDDED
 from secura_ds.errors import redacted
-from secura_ds.recipe.adapter import WEIGHT_USES, Adapter, CabrSettings, FullTraining
+from secura_ds.recipe.adapter import (
+    WEIGHT_USES,
+    Adapter,
+    AnyMethod,
+    CabrSettings,
+    FullTraining,
+)
 from secura_ds.recipe.base import RULE, File, Fraction, PositiveFloat, PositiveInt, Section, Seed, find_path
 
 _HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
@@ -151,15 +157,14 @@ class DataRecipe(Section):
         return value
 
 
-class TrainingRecipe(Section):
-    """How it is learnt."""
+OutputFolder = Annotated[str, Field(min_length=1), AfterValidator(_output_folder)]
 
-    output_dir: Annotated[str, Field(min_length=1), AfterValidator(_output_folder)]
-    """Folder of the run, relative to the current folder."""
+
+class StageTraining(Section):
+    """How it is learnt, but for what the stages of a task sequence differ in."""
+
     deepspeed: File | None = None
     """DeepSpeed configuration; null trains on one device without it."""
-    learning_rate: PositiveFloat
-    """Peak learning rate."""
     epochs: PositiveFloat | None = None
     """Passes over the data; exactly one of `epochs` and `max_steps` is set."""
     max_steps: PositiveInt | None = None
@@ -186,14 +191,8 @@ class TrainingRecipe(Section):
     """Keep activations in host memory between the forward and the backward pass: less GPU memory, slower."""
     memory_check: Literal["refuse", "warn", "off"] = "refuse"
     """What happens before anything is loaded if the plan says that the run does not fit."""
-    save_merged: bool = False
-    """Also write the merged checkpoint, `merged/` in the output folder, when training ends."""
-    seed: Seed = 0
-    """Seed of the adapter and of the order of examples."""
     logging_steps: PositiveInt = 10
     """Steps between lines of the log."""
-    eval_steps: PositiveInt | None = None
-    """Steps between validations; null validates at the end only."""
     save_steps: PositiveInt | None = None
     """Steps between checkpoints; null saves at the end only."""
     save_total_limit: PositiveInt = 2
@@ -214,6 +213,21 @@ class TrainingRecipe(Section):
         if value > 0 and info.data.get("scheduler") == "constant":
             raise ValueError('scheduler "constant" has no warmup: use "constant_with_warmup" or 0')
         return value
+
+
+class TrainingRecipe(StageTraining):
+    """How it is learnt."""
+
+    output_dir: OutputFolder
+    """Folder of the run, relative to the current folder."""
+    learning_rate: PositiveFloat
+    """Peak learning rate."""
+    save_merged: bool = False
+    """Also write the merged checkpoint, `merged/` in the output folder, when training ends."""
+    seed: Seed = 0
+    """Seed of the adapter and of the order of examples."""
+    eval_steps: PositiveInt | None = None
+    """Steps between validations; null validates at the end only."""
 
 
 class Task(Section):
@@ -261,7 +275,7 @@ class Recipe(Section):
     description: str = ""
     """What it is for and what it needs."""
     backbone: BackboneRecipe
-    adapter: Annotated[Adapter, Field(discriminator="method")]
+    adapter: AnyMethod
     data: DataRecipe
     training: TrainingRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
@@ -271,45 +285,19 @@ class Recipe(Section):
     @field_validator("adapter")
     @classmethod
     def _needs_whole_weights(cls, value: Adapter, info: ValidationInfo) -> Adapter:
-        backbone = info.data.get("backbone")
-        if backbone is None or backbone.quantization is None:
-            return value
-        if isinstance(value, CabrSettings) and value.strategy == "M1":
-            raise PydanticCustomError(
-                RULE,
-                'adapter.strategy is "M1", which rewrites the weights, but backbone.quantization keeps them '
-                'in 4 bits, where an update smaller than a quantization step would vanish: use "M2", or '
-                "quantization null",
-            )
-        if value.method in WEIGHT_USES:
-            raise PydanticCustomError(
-                RULE,
-                'adapter.method is "{method}", which {what}, but backbone.quantization keeps the weights in '
-                "4 bits: use quantization null, or another method",
-                {"method": value.method, "what": WEIGHT_USES[value.method]},
-            )
+        refuse_4_bit(value, info.data.get("backbone"), "adapter")
         return value
 
     @field_validator("training")
     @classmethod
     def _full_training_is_possible(cls, value: TrainingRecipe, info: ValidationInfo) -> TrainingRecipe:
-        backbone = info.data.get("backbone")
-        if backbone is None or not isinstance(info.data.get("adapter"), FullTraining):
-            return value
-        if value.save_merged:
+        if value.save_merged and isinstance(info.data.get("adapter"), FullTraining):
             raise PydanticCustomError(
                 RULE,
                 'training.save_merged is true, but adapter.method "full" has nothing to merge: its result is '
                 "a whole checkpoint; leave it out",
             )
-        if value.deepspeed is None and backbone.dtype != "float32":
-            raise PydanticCustomError(
-                RULE,
-                'adapter.method is "full" and backbone.dtype "{dtype}", in which small updates of a weight '
-                'vanish, and without DeepSpeed there are no fp32 masters: use "float32", or name a '
-                "configuration in training.deepspeed",
-                {"dtype": backbone.dtype},
-            )
+        refuse_rounded_masters(info.data.get("adapter"), info.data.get("backbone"), value, "adapter")
         return value
 
     @field_validator("training")
@@ -343,5 +331,47 @@ class Recipe(Section):
 
         Credentials in URLs, in the description say, are redacted: this is what a run writes down.
         """
-        settings = self.model_dump(mode="json", exclude={"schema_"})
-        return dict(json.loads(redacted(json.dumps(settings))))
+        return settings_of(self)
+
+
+def settings_of(recipe: Section) -> dict[str, Any]:
+    """All values of a recipe, without the schema's path and with credentials redacted. JSON-able."""
+    settings = recipe.model_dump(mode="json", exclude={"schema_"})
+    return dict(json.loads(redacted(json.dumps(settings))))
+
+
+def refuse_4_bit(adapter: Adapter, backbone: BackboneRecipe | None, where: str) -> None:
+    """Raise pydantic's error of a rule between sections if `adapter`, at `where`, needs more than 4 bits."""
+    if backbone is None or backbone.quantization is None:
+        return
+    if isinstance(adapter, CabrSettings) and adapter.strategy == "M1":
+        raise PydanticCustomError(
+            RULE,
+            '{where}.strategy is "M1", which rewrites the weights, but backbone.quantization keeps them '
+            'in 4 bits, where an update smaller than a quantization step would vanish: use "M2", or '
+            "quantization null",
+            {"where": where},
+        )
+    if adapter.method in WEIGHT_USES:
+        raise PydanticCustomError(
+            RULE,
+            '{where}.method is "{method}", which {what}, but backbone.quantization keeps the weights in '
+            "4 bits: use quantization null, or another method",
+            {"where": where, "method": adapter.method, "what": WEIGHT_USES[adapter.method]},
+        )
+
+
+def refuse_rounded_masters(
+    adapter: Adapter | None, backbone: BackboneRecipe | None, training: StageTraining, where: str
+) -> None:
+    """As `refuse_4_bit`, if whole weights would be trained in half precision without fp32 masters."""
+    if backbone is None or not isinstance(adapter, FullTraining):
+        return
+    if training.deepspeed is None and backbone.dtype != "float32":
+        raise PydanticCustomError(
+            RULE,
+            '{where}.method is "full" and backbone.dtype "{dtype}", in which small updates of a weight '
+            'vanish, and without DeepSpeed there are no fp32 masters: use "float32", or name a '
+            "configuration in training.deepspeed",
+            {"where": where, "dtype": backbone.dtype},
+        )

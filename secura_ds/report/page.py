@@ -3,71 +3,62 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from secura_ds.errors import UserError
 from secura_ds.files import atomic_write_text
 from secura_ds.report import numbers, verdict
 from secura_ds.report.bars import score_bars
 from secura_ds.report.curves import training_curves
-from secura_ds.report.drawing import DARK, LIGHT
 from secura_ds.report.examples import side_by_side
 from secura_ds.report.layers import layer_plots
 from secura_ds.report.missing import missing_notes
 from secura_ds.report.run_folder import RunFolder, read_runs
 from secura_ds.report.scores import part_scores, probe_scores
+from secura_ds.report.sequence.folder import is_results_folder
+from secura_ds.report.sequence.page import read_results_folders, render_sequences
+from secura_ds.report.template import fill
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write one self-contained page about a run, or about several side by side, and its plots as PNGs.
 
     Args:
-        folders: Run folders.
-        out: The page's path; by default `report.html` in the run folder, or `comparison.html` in the
-            current folder for several runs. PNGs go into the run's `plots/`, or for several runs into
+        folders: Run folders, or results folders of task sequences (they hold `continual.json`).
+        out: The page's path; by default `report.html` in the folder, or `comparison.html` in the
+            current folder for several. PNGs go into the folder's `plots/`, or for several into
             `<page>-plots/` beside the page.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: a folder is no run folder, `out` is a folder, or the disk is full.
+        UserError: a folder is neither, both kinds are mixed, `out` is a folder, or the disk is full.
     """
-    runs = read_runs(folders)
-    single = len(runs) == 1
-    page = (
-        Path(out) if out is not None else runs[0].path / "report.html" if single else Path("comparison.html")
-    )
+    sequences = [folder for folder in folders if is_results_folder(folder)]
+    if sequences and len(sequences) < len(folders):
+        other = next(folder for folder in folders if folder not in sequences)
+        raise UserError(
+            f"{sequences[0]} holds the results of task sequences and {other} does not: "
+            "give run folders alone, or results folders alone"
+        )
+    results, runs = (read_results_folders(folders), []) if sequences else ([], read_runs(folders))
+    single = len(folders) == 1
+    default = Path(folders[0]) / "report.html" if single else Path("comparison.html")
+    page = default if out is None else Path(out)
     if page.is_dir():
         raise UserError(f"{page} is a folder: give --out the path of an HTML file")
-    plots = runs[0].path / "plots" if single else page.parent / f"{page.stem}-plots"
-    atomic_write_text(page, render_page(runs, plots))
+    plots = Path(folders[0]) / "plots" if single else page.parent / f"{page.stem}-plots"
+    html = render_sequences(results, plots) if sequences else render_page(runs, plots)
+    atomic_write_text(page, html)
     return page
 
 
 def render_page(runs: Sequence[RunFolder], plots: Path | None = None) -> str:
     """The page's HTML; PNGs of its plots go to `plots` unless that is None."""
-    environment = Environment(
-        loader=PackageLoader("secura_ds.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["unbroken"] = _unbroken
-    html = environment.get_template("report.html").render(_content(runs, plots))
-    # Model output may hold lone surrogates, which no file can store.
-    return html.encode("utf-8", "replace").decode("utf-8")
-
-
-def _unbroken(text: str) -> str:
-    """Keep a number, its unit and its error on one line."""
-    return re.sub(r" (?=[%±]|points)|(?<=±) ", "\u00a0", text)
+    return fill("report.html", _content(runs, plots))
 
 
 def _content(runs: Sequence[RunFolder], plots: Path | None) -> dict[str, Any]:
@@ -76,8 +67,6 @@ def _content(runs: Sequence[RunFolder], plots: Path | None) -> dict[str, Any]:
     examples, num_examples = side_by_side(runs)
     return {
         "single": single,
-        "light": LIGHT,
-        "dark": DARK,
         "title": _title([run.label for run in runs]),
         "description": (runs[0].recipe or {}).get("description") if single else None,
         "facts": verdict.fact_rows(runs),

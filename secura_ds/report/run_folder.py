@@ -95,8 +95,8 @@ def read_run(path: Path) -> RunFolder:
         before=_read_document(path / "evaluation.before.json"),
         after=_read_document(path / "evaluation.after.json"),
         merge=_read_document(path / "merge.json"),
-        metrics=_read_log(path / "metrics.jsonl", skipped),
-        statistics=_read_log(path / "statistics.jsonl", skipped),
+        metrics=read_log(path / "metrics.jsonl", skipped),
+        statistics=read_log(path / "statistics.jsonl", skipped),
         skipped_lines=skipped,
     )
 
@@ -139,7 +139,7 @@ def _read_document(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _read_log(path: Path, skipped: dict[str, int]) -> list[dict[str, Any]]:
+def read_log(path: Path, skipped: dict[str, int]) -> list[dict[str, Any]]:
     """Rows of an append-only log, the last of each step and kind winning (a resumed run repeats some)."""
     if not path.is_file():
         return []

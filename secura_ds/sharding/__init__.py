@@ -8,6 +8,7 @@ from secura_ds.sharding.fold import (
     fold_slices,
     slice_statistics,
 )
+from secura_ds.sharding.local import local_part, part_of_whole, put_local_parts, whole_of_part
 from secura_ds.sharding.optimizer import load_optimizer_state, master, optimizer_state
 from secura_ds.sharding.partition import (
     assert_partitioned,
@@ -53,9 +54,12 @@ __all__ = [
     "load_optimizer_state",
     "load_parameters",
     "load_slices",
+    "local_part",
     "local_slice",
     "master",
     "optimizer_state",
+    "part_of_whole",
+    "put_local_parts",
     "refuse_unsupported",
     "requantize",
     "restore_quantized",
@@ -63,5 +67,6 @@ __all__ = [
     "slice_statistics",
     "use_in_forward",
     "whole",
+    "whole_of_part",
     "zero_",
 ]

@@ -9,14 +9,15 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -35,6 +36,10 @@ STATISTICS_LINES = 20  # of layer statistics, in a run
 
 class StopRequested(Exception):
     """A signal asked for the end of an evaluation or an export; raised on all ranks at the same point."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal = number
 
 
 class Signals:
@@ -64,6 +69,24 @@ class Signals:
         sums = total([*own, *more], device)
         sent = [number for number, count in zip(self.KINDS, sums, strict=False) if count]
         return next(iter(sent), None), sums[len(own) :]
+
+    def stop_if_asked(self, device: torch.device) -> None:
+        """Raise `StopRequested` on all ranks if one of them was sent a signal; collective."""
+        sent, _ = self.agreed(device)
+        if sent is not None:
+            raise StopRequested(sent)
+
+
+@contextmanager
+def asking(
+    model: nn.Module, stop_if_asked: Callable[[torch.device], None], device: torch.device
+) -> Iterator[None]:
+    """Inside the block every forward of `model` begins with `stop_if_asked`, on all ranks."""
+    handle = model.register_forward_pre_hook(lambda *_: stop_if_asked(device))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Agreement(TrainerCallback):
@@ -114,11 +137,12 @@ class Agreement(TrainerCallback):
         self.stop_if_asked(args.device)
 
     def stop_if_asked(self, device: torch.device) -> None:
-        """Raise `StopRequested` on all ranks if one of them was sent a signal; collective."""
-        sent, _ = self.signals.agreed(device)
-        if sent is not None:
-            self.stopped_by = sent
-            raise StopRequested
+        """As that of `Signals`; also remembers the signal."""
+        try:
+            self.signals.stop_if_asked(device)
+        except StopRequested as request:
+            self.stopped_by = request.signal
+            raise
 
 
 class Folding(TrainerCallback):

@@ -53,7 +53,7 @@ def build_model(
     if is_deepspeed_zero3_enabled():
         sharding.assert_partitioned(model)
     if device is not None:
-        _to_device(model, device)
+        to_device(model, device)
     adapted = put_method(
         model,
         tokenizer,
@@ -135,12 +135,13 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _to_device(model: PreTrainedModel, device: torch.device) -> None:
+def to_device(model: PreTrainedModel, device: torch.device) -> None:
+    """Bring a model to `device`; of a partitioned one the buffers, as DeepSpeed places the weights."""
     if not is_deepspeed_zero3_enabled():
         if not getattr(model, "is_loaded_in_4bit", False):  # those are where they were quantized
             model.to(device)
         return
-    # DeepSpeed places the weights; buffers are plain tensors that calibration needs beside them.
+    # Plain tensors that a forward pass needs beside the weights.
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

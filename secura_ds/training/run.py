@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
@@ -17,7 +16,6 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
-from trl import SFTConfig
 
 from secura_ds import environment
 from secura_ds.adapter import fold, save_adapter
@@ -34,7 +32,6 @@ from secura_ds.training import checkpoint as files
 from secura_ds.training import folder as folders
 from secura_ds.training import preflight
 from secura_ds.training import state as states
-from secura_ds.training.arguments import make_arguments
 from secura_ds.training.callbacks import (
     PATIENCE,
     Agreement,
@@ -42,11 +39,11 @@ from secura_ds.training.callbacks import (
     Log,
     Signals,
     StopRequested,
+    asking,
     cut_log,
     peak_memory,
 )
 from secura_ds.training.export import export, require_exportable, require_names
-from secura_ds.training.meeting import connect
 from secura_ds.training.memory import check_memory
 from secura_ds.training.model import (
     build_model,
@@ -55,11 +52,17 @@ from secura_ds.training.model import (
     secura_config,
     trainable,
 )
+from secura_ds.training.release import release
+from secura_ds.training.session import Session, session
+from secura_ds.training.strategy import Steps, Strategy
 from secura_ds.training.trainer import Trainer
-from secura_ds.training.watch import watching
 from secura_ds.training.whole import save_whole
 
 logger = logging.getLogger(__name__)
+
+
+class Diverged(UserError):
+    """The loss stayed not finite."""
 
 
 @dataclass(frozen=True)
@@ -81,39 +84,48 @@ class RunSummary:
     """What the plan said before the run; None without a memory check."""
 
 
-def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> RunSummary:
+@dataclass(frozen=True)
+class Stage:
+    """What makes a run one of a sequence of runs."""
+
+    start: Path | None = None
+    """Output folder of the run before: this one begins with the parameters of its last checkpoint."""
+    strategy: Strategy = field(default_factory=Strategy)
+    """What continual learning adds to training."""
+    measure: Callable[[Trainer], None] | None = None
+    """Called on all ranks once the adapter is written, with the model in memory; the same again on resume."""
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, stage: Stage | None = None
+) -> RunSummary:
     """Train what the recipe describes; every rank of a launched run calls this.
 
     Args:
         resume: go on from the newest whole checkpoint in the output folder; from the start if there is none.
         overwrite: delete the run that the output folder holds.
+        stage: the run's part in a sequence.
 
     Raises:
         UserError: anything the user can mend, the same on every rank; earlier checkpoints stay as they are.
     """
     began = time.perf_counter()
-    preflight.check_machine(recipe)
     folder = Path(recipe.training.output_dir).absolute()
-    settings = preflight.deepspeed_settings(recipe)
-    if settings is not None:
-        connect()
-    arguments = make_arguments(recipe, folder, settings)
-    with watching():
-        return _train(recipe, folder, settings, arguments, began, resume=resume, overwrite=overwrite)
+    with session(recipe, folder) as opened:
+        return _train(recipe, folder, opened, began, stage or Stage(), resume=resume, overwrite=overwrite)
 
 
 def _train(
     recipe: Recipe,
     folder: Path,
-    settings: dict[str, Any] | None,
-    arguments: SFTConfig,
+    opened: Session,
     began: float,
+    stage: Stage,
     *,
     resume: bool,
     overwrite: bool,
 ) -> RunSummary:
     """`train`, once the ranks are connected."""
-    preflight.limit_threads()
     on_main(lambda: folders.check(folder, resume=resume, overwrite=overwrite, reads=_reads(recipe)))
     base = None
     if recipe.training.save_merged:
@@ -122,15 +134,20 @@ def _train(
     train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
     preflight.check_examples(len(train_rows), recipe)
     found = on_main(lambda: _find_checkpoint(recipe, folder)) if resume else None
-    planned = check_memory(recipe, train_rows, settings, calibrates=found is None)
-    trainer = _make_trainer(
-        recipe, folder, arguments, settings, (train_rows, validation), found, base, overwrite=overwrite
+    planned = check_memory(
+        recipe, train_rows, opened.settings, calibrates=found is None and stage.start is None
     )
+    data = (train_rows, validation)
+    trainer = _make_trainer(recipe, folder, opened, data, found, base, stage, overwrite=overwrite)
     signals = Signals()
     agreement = _add_callbacks(trainer, recipe, folder, signals)
     with signals.watched():
         _run(trainer, found)
-        merged = _finish(trainer, folder, base, agreement) if _status(agreement) == "finished" else None
+        merged = None
+        if _status(agreement) == "finished":
+            stage.strategy.finish(trainer)
+            merged = _finish(trainer, folder, base, agreement)
+            _measure(trainer, stage, agreement)
         summary = RunSummary(
             status=_status(agreement),
             steps=trainer.state.global_step,
@@ -143,8 +160,9 @@ def _train(
             merged=merged,
         )
         on_main(lambda: atomic_write_json(folder / "run.json", asdict(summary)))
+    release(trainer.model, trainer.optimizer)
     if summary.status == "stopped":
-        raise UserError(_not_finite(trainer, recipe))
+        raise Diverged(_not_finite(trainer, recipe))
     return summary
 
 
@@ -192,30 +210,33 @@ def _open_folder(
 def _make_trainer(
     recipe: Recipe,
     folder: Path,
-    arguments: SFTConfig,
-    settings: dict[str, Any] | None,
+    opened: Session,
     data: tuple[Dataset, Dataset | None],
     found: Path | None,
     base: Path | None,
+    stage: Stage,
     *,
     overwrite: bool,
 ) -> Trainer:
     """Build the model, open the folder and put both into a Trainer that goes on from `found`."""
     checkpoints = folder / "checkpoints"
     resumed = (found, files.read(found)) if found is not None else None
-    expected = files.factors_of(found) if found is not None else None
-    whole = on_main(lambda: _factors_are_whole(checkpoints, expected))
+    start = on_main(lambda: _last_of(stage.start)) if found is None else None
+    earlier = found or start
+    expected = files.factors_of(earlier) if earlier is not None else None
+    kept_in = earlier.parent if earlier is not None else checkpoints
+    whole = on_main(lambda: _factors_are_whole(kept_in, expected))
     calibrations: list[Calibration] = []
     model, tokenizer = build_model(
         recipe,
-        device=arguments.device,
-        sharded=settings is not None,
+        device=opened.arguments.device,
+        sharded=opened.settings is not None,
         on_calibration=calibrations.append,
-        factors=files.read_factors(checkpoints, expected) if resumed is not None and whole else None,
+        factors=files.read_factors(kept_in, expected) if earlier is not None and whole else None,
     )
     logger.info("%s", describe_adapter(model, recipe))
     if not whole and expected is not None:
-        on_main(lambda: files.mend_factors(checkpoints, frozen_factors(model), expected))
+        on_main(lambda: files.mend_factors(kept_in, frozen_factors(model), expected))
     if base is not None:
         on_main(lambda: require_names(model, base))
     # Only now is an earlier run deleted: what the recipe asks for fits the backbone.
@@ -223,13 +244,15 @@ def _make_trainer(
     calibrations.clear()  # the factors are in the model
     trainer = Trainer(
         model,
-        arguments,
+        opened.arguments,
         tokenizer,
         *data,
         checkpoints=checkpoints,
         keep=recipe.training.save_total_limit,
-        reentrant=preflight.reentrant_checkpointing(settings),
+        reentrant=preflight.reentrant_checkpointing(opened.settings),
         resumed=resumed,
+        start=start,
+        strategy=stage.strategy,
     )
     if resumed is None:
         trainer.factors = on_main(lambda: files.write_factors(checkpoints, frozen_factors(model)))
@@ -238,6 +261,16 @@ def _make_trainer(
         states.check_batch(state, trainer.batch_over_all_ranks, recipe.training.micro_batch_size)
         trainer.factors = expected
     return trainer
+
+
+def _last_of(folder: Path | None) -> Path | None:
+    """The last checkpoint of the run before in a sequence."""
+    if folder is None:
+        return None
+    found = files.latest(folder / "checkpoints")
+    if found is None:
+        raise UserError(f"{folder} has no whole checkpoint to go on from: delete it, to train it again")
+    return found
 
 
 def _factors_are_whole(checkpoints: Path, expected: files.Fingerprint | None) -> bool:
@@ -251,6 +284,7 @@ def _add_callbacks(trainer: Trainer, recipe: Recipe, folder: Path, signals: Sign
     trainer.remove_callback(PrinterCallback)
     agreement = Agreement(trainer, signals)
     trainer.add_callback(agreement)
+    trainer.add_callback(Steps(trainer.strategy))
     config = secura_config(trainer.model)
     if config is not None:
         trainer.add_callback(Folding(folder, config.fold_every))
@@ -306,6 +340,13 @@ def _finish(trainer: Trainer, folder: Path, base: Path | None, agreement: Agreem
         with suppress(StopRequested):
             return export(model, trainer.args, base, folder, agreement).out
     return None
+
+
+def _measure(trainer: Trainer, stage: Stage, agreement: Agreement) -> None:
+    """Have the sequence measure the model; a signal ends that within a forward pass."""
+    if stage.measure is not None:
+        with suppress(StopRequested), asking(trainer.model, agreement.stop_if_asked, trainer.args.device):
+            stage.measure(trainer)
 
 
 def _check_adapter(folder: Path, trained: int) -> None:

@@ -23,6 +23,9 @@ from secura_ds.training.model import accumulators, secura_config, trainable
 if TYPE_CHECKING:
     from secura_ds.training.trainer import Trainer
 
+STRATEGY = "strategy/"
+"""Before the name of a tensor that belongs to the strategy of continual learning."""
+
 
 def capture(trainer: Trainer) -> Checkpoint:
     """Gather the whole state of training. Collective; the main process alone needs the result.
@@ -47,6 +50,7 @@ def capture(trainer: Trainer) -> Checkpoint:
             "saved, so the earlier checkpoint stays: try a lower training.learning_rate"
         )
     trained.update((n, u.detach().to("cpu", copy=True)) for n, u in accumulators(model).items() if u.any())
+    trained.update((STRATEGY + name, value) for name, value in trainer.strategy.state().items())
     tensors, numbers = sharding.optimizer_state(_inner(trainer.optimizer), parameters, keep=main)
     state = {
         "format": 1,
@@ -88,7 +92,25 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, folded: Iterable[tuple[str
     Raises:
         UserError: the checkpoint belongs to another adapter or backbone.
     """
-    model, state = trainer.model, checkpoint.state
+    state, parameters = checkpoint.state, trainable(trainer.model)
+    restore_weights(trainer.model, checkpoint, folded)
+    optimizer = _inner(trainer.optimizer)
+    sharding.load_optimizer_state(optimizer, parameters, checkpoint.optimizer, state["optimizer_numbers"])
+    _move_schedule(trainer.lr_scheduler, state["schedule_steps"])
+    _restore_loss_scale(trainer, state["loss_scale"])
+    own = {n.removeprefix(STRATEGY): v for n, v in checkpoint.trained.items() if n.startswith(STRATEGY)}
+    trainer.strategy.restore(own)
+
+
+def restore_weights(model: nn.Module, checkpoint: Checkpoint, folded: Iterable[tuple[str, Tensor]]) -> None:
+    """Put what a checkpoint holds of the model into it: trained parameters, U and folded weights. Collective.
+
+    Args:
+        folded: the weights that M1 has folded, read one after another.
+
+    Raises:
+        UserError: the checkpoint belongs to another adapter or backbone.
+    """
     parameters = trainable(model)
     missing = [name for name in parameters if name not in checkpoint.trained]
     if missing:
@@ -99,14 +121,10 @@ def restore(trainer: Trainer, checkpoint: Checkpoint, folded: Iterable[tuple[str
         sharding.set_parameter(parameter, checkpoint.trained[name])
     for name, U in accumulators(model).items():
         U.copy_(checkpoint.trained.get(name, torch.zeros_like(U)))
-    if state["folded"]:
+    if checkpoint.state["folded"]:
         _restore_folded(model, folded)
     for layer in secura_layers(model).values():
         layer.forget()
-    optimizer = _inner(trainer.optimizer)
-    sharding.load_optimizer_state(optimizer, parameters, checkpoint.optimizer, state["optimizer_numbers"])
-    _move_schedule(trainer.lr_scheduler, state["schedule_steps"])
-    _restore_loss_scale(trainer, state["loss_scale"])
 
 
 def _restore_folded(model: nn.Module, folded: Iterable[tuple[str, Tensor]]) -> None:

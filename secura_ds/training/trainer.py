@@ -17,7 +17,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import BatchRebalanceSampler
 from trl import SFTConfig, SFTTrainer
 
 from secura_ds import sharding
@@ -29,6 +28,8 @@ from secura_ds.training import checkpoint as files
 from secura_ds.training import state as states
 from secura_ds.training.checkpoint import Checkpoint
 from secura_ds.training.model import trainable
+from secura_ds.training.sampling import REPLAYED, Collator, StepSampler, marking, with_replay
+from secura_ds.training.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,11 @@ class Trainer(SFTTrainer):
         keep: how many of them stay.
         reentrant: kind of activation checkpointing.
         resumed: the checkpoint to go on from, and its folder.
+        start: or a checkpoint of an earlier run, whose parameters this one begins with.
+        strategy: what continual learning adds.
     """
+
+    data_collator: Collator
 
     def __init__(
         self,
@@ -55,22 +60,26 @@ class Trainer(SFTTrainer):
         keep: int,
         reentrant: bool,
         resumed: tuple[Path, Checkpoint] | None = None,
+        start: Path | None = None,
+        strategy: Strategy | None = None,
     ) -> None:
         self.checkpoints, self.keep = checkpoints, keep
+        self.start, self.strategy = start, strategy or Strategy()
         self.resumed_from = resumed[0] if resumed is not None else None
         self.resumed = resumed[1] if resumed is not None else None
         self.factors: files.Fingerprint | None = None
-        self.sampler: BatchRebalanceSampler | None = None
+        self.sampler: StepSampler | None = None
         self.step_loss, self.step_tokens = 0.0, 0
         self.total_tokens, self.total_seconds = 0.0, 0.0
         exact = {name: parameter.data for name, parameter in trainable(model).items()}
         super().__init__(
             model=model,
             args=arguments,
-            train_dataset=train_dataset,
+            train_dataset=with_replay(train_dataset, self.strategy.replay),
             eval_dataset=validation,
             processing_class=tokenizer,
         )
+        self.data_collator = marking(self.data_collator)
         for name, parameter in trainable(model).items():
             # SFTTrainer casts what is trained on a 4-bit model to bfloat16, which loses small updates.
             if parameter.dtype != exact[name].dtype:
@@ -90,22 +99,21 @@ class Trainer(SFTTrainer):
     # Order of examples.
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        """Every step takes a random draw; only its cut into forward passes goes by length.
-
-        So padding and waiting are least, and the step's gradient is that of the random draw. The order
-        follows from seed and epoch alone, for any number of ranks with the same batch.
-        """
-        rows = train_dataset if train_dataset is not None else self.train_dataset
-        self.sampler = BatchRebalanceSampler(
-            [len(ids) for ids in rows["input_ids"]],
+        self.sampler = StepSampler(
+            train_dataset if train_dataset is not None else self.train_dataset,
             self.batch_over_all_ranks,
-            self.args.world_size,
-            self.args.gradient_accumulation_steps,
-            seed=self.args.seed,
+            ranks=self.args.world_size,
             rank=self.args.process_index,
-            drop_last=False,
+            passes=self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+            replay=self.strategy.replay,
         )
         return self.sampler
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if REPLAYED not in self._signature_columns:
+            self._signature_columns.append(REPLAYED)
 
     # The loss.
 
@@ -116,7 +124,21 @@ class Trainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean loss per learnt token, over all ranks. Families that `head` does not know go TRL's way."""
+        """Mean loss per learnt token, over all ranks, and what the strategy adds to it in training."""
+        plain = {key: value for key, value in inputs.items() if key != REPLAYED}
+        if return_outputs or not model.training:
+            return self._task_loss(model, plain, return_outputs, num_items_in_batch)
+        compute = partial(self._task_loss, model, plain, False, num_items_in_batch)
+        return self.strategy.loss(self, model, inputs, compute)
+
+    def _task_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Any:
+        """The loss of the examples. Families that `head` does not know go TRL's way."""
         if not self.summed_loss or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # The target of a position is the next token; the last position has none.
@@ -156,6 +178,9 @@ class Trainer(SFTTrainer):
             sharding.assert_partitioned(self.model)
         if self.resumed is not None and self.resumed_from is not None:
             states.restore(self, self.resumed, files.read_folded(self.resumed_from))
+        elif self.start is not None:
+            states.restore_weights(self.model, files.read(self.start), files.read_folded(self.start))
+        self.strategy.begin(self)
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

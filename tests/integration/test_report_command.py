@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fake_continual import make_continual
 from fake_run import make_run
 
 from secura_ds.errors import run_command
@@ -37,6 +38,20 @@ def test_several_runs_go_to_comparison_here(
     monkeypatch.chdir(tmp_path / "here")
     assert run_command(command.main, [str(folder) for folder in folders]) == 0
     assert sorted(path.name for path in Path().iterdir()) == ["comparison-plots", "comparison.html"]
+
+
+def test_results_of_task_sequences_give_a_page(
+    command: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_continual(tmp_path / "results", tasks=2, entries=1, seeds=1, runs=False)
+    assert run_command(command.main, [str(folder)]) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    assert (folder / "plots" / "matrix-1.png").stat().st_size > 5_000
+    (folder / "continual.json").write_text('{"format": 1,', encoding="utf-8")
+    assert run_command(command.main, [str(folder)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {folder}/continual.json: not JSON")
+    assert captured.err.count("\n") == 1
 
 
 def test_bad_folders_end_in_one_line(

@@ -7,7 +7,8 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-OWN = {"secura_ds", "launch", *(path.stem for path in (ROOT / "benchmarks").glob("*.py"))}
+OWN = {"secura_ds", "launch", *(path.stem for path in (ROOT / "benchmarks").rglob("*.py"))}
+INSTALLED_AS = {"yaml": "PyYAML"}
 
 
 def _imported() -> set[str]:
@@ -20,7 +21,7 @@ def _imported() -> set[str]:
                     names.update(alias.name.split(".")[0] for alias in node.names)
                 elif isinstance(node, ast.ImportFrom) and node.module:
                     names.add(node.module.split(".")[0])
-    return names - OWN - set(sys.stdlib_module_names)
+    return {INSTALLED_AS.get(name, name) for name in names - OWN - set(sys.stdlib_module_names)}
 
 
 def _normal(name: str) -> str:

@@ -68,8 +68,9 @@ def test_a_payload_would_run(marker: Path, tmp_path: Path) -> None:
 
 
 FORBIDDEN = {
-    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "exec", "eval",
+    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "exec", "eval",
     "torch.load", "numpy.load", "np.load", "pandas.read_pickle", "os.system", "torch.jit.load", "__import__",
+    "yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.unsafe_load_all",
 }  # fmt: skip
 
 
@@ -85,6 +86,8 @@ def test_no_source_reads_pickles_or_runs_text() -> None:
                 if keywords.get("shell") == "True" or keywords.get("allow_pickle") == "True":
                     names.append("exec")
                 if keywords.get("trust_remote_code", "False") != "False":
+                    names.append("exec")
+                if "Loader" in keywords and keywords["Loader"] != "yaml.SafeLoader":
                     names.append("exec")
             elif isinstance(node, ast.Import):
                 names = [alias.name.split(".")[0] for alias in node.names]

@@ -95,6 +95,13 @@ def test_answers_do_not_depend_on_the_batch() -> None:
     assert len(set(alone)) > 1
 
 
+def test_a_models_own_settings_do_not_change_greedy_answers() -> None:
+    prompt, model = render_prompt("x", TOKENIZER), toy_model()
+    expected = generate(model, TOKENIZER, [prompt], 24, 1, progress=False)
+    model.generation_config.repetition_penalty = 3.0
+    assert generate(model, TOKENIZER, [prompt], 24, 1, progress=False) == expected
+
+
 def test_answers_end_at_eos_at_the_turns_end_and_where_the_model_says() -> None:
     tokenizer = byte_tokenizer(eos="<|endoftext|>")
     model = toy_model()

@@ -90,9 +90,9 @@ def test_all_problems_are_reported_at_once(recipe: Path) -> None:
         "adapter.learning_rate is no known key; did you mean training.learning_rate?",
         f'data.sources.0.path is "absent.jsonl": no such file, looked in {folder} and in {Path.cwd()}',
         'data.sources.1.hub is "a/b": exactly one of path and hub should be given',
-        "training.learning_rate is NaN: should be a finite number",
         "training.max_steps is 2: exactly one of epochs and max_steps should be given",
         'training.micro_batch_size is "four": should be a valid integer',
+        "training.learning_rate is NaN: should be a finite number",
     ]
 
 
@@ -118,7 +118,7 @@ def test_rules_between_sections(recipe: Path) -> None:
         (
             "adapter.method=lorra",
             '{path} is "lorra" from --set: should be one of "secura", "cabr", "cur-lora", "lora", "dora", '
-            '"corda", "osf", "full"',
+            '"corda", "osf", "full"; did you mean lora?',
         ),
         (
             "adapter.target_modules=q_proj",

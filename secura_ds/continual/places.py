@@ -1,0 +1,72 @@
+"""Where the parts of a results folder lie, and what they are called.
+
+recipe.resolved.json, environment.json, continual.json, report.html
+tasks/<task>.train.jsonl, .validation.jsonl, .held-out.jsonl     what is learnt and scored
+before.json                                                      the untouched backbone
+sequences/<label>/stages/01-<task>/                              a run folder of each task
+sequences/<label>/scores/01-<task>.json                          what was measured after it
+sequences/<label>/strategy/01-<task>.buffer.jsonl, .safetensors  what the strategy carries on
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from secura_ds.recipe import Sequence
+
+OWN = (
+    "recipe.resolved.json",
+    "environment.json",
+    "continual.json",
+    "report.html",
+    "plots",
+    "tasks",
+    "before.json",
+    ".before.json.partial",
+    "sequences",
+)
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """The files of one task: examples to learn, to choose a learning rate on, and to score."""
+
+    train: Path
+    validation: Path
+    held_out: Path
+
+
+def task_files(folder: Path, task: str) -> TaskFiles:
+    """The files of a task in a results folder."""
+    name = folder / "tasks" / task
+    return TaskFiles(
+        *(name.with_name(f"{task}.{part}.jsonl") for part in ("train", "validation", "held-out"))
+    )
+
+
+@dataclass(frozen=True)
+class StagePlaces:
+    """The places of one task of one sequence."""
+
+    run: Path
+    scores: Path
+    buffer: Path
+    anchors: Path
+
+
+def stage_places(folder: Path, sequence: Sequence, number: int) -> StagePlaces:
+    """The places of the task at position `number`, from 0, of a sequence."""
+    base = sequence_folder(folder, sequence)
+    name = f"{number + 1:02d}-{sequence.order[number]}"
+    return StagePlaces(
+        run=base / "stages" / name,
+        scores=base / "scores" / f"{name}.json",
+        buffer=base / "strategy" / f"{name}.buffer.jsonl",
+        anchors=base / "strategy" / f"{name}.safetensors",
+    )
+
+
+def sequence_folder(folder: Path, sequence: Sequence) -> Path:
+    """The folder of a sequence."""
+    return folder / "sequences" / sequence.label

@@ -1,0 +1,164 @@
+"""One task of a sequence: the recipe of its run, and the strategy with what earlier tasks left to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from secura_ds.continual import strategies
+from secura_ds.continual.places import stage_places, task_files
+from secura_ds.data import build_datasets
+from secura_ds.files import atomic_write_text, save_tensors
+from secura_ds.ranks import on_main
+from secura_ds.recipe import (
+    DataRecipe,
+    ElasticWeights,
+    ExperienceReplay,
+    InterpolatedLora,
+    Recipe,
+    Sequence,
+    SequenceRecipe,
+    Source,
+)
+from secura_ds.training import checkpoint
+from secura_ds.training.state import STRATEGY
+from secura_ds.training.strategy import Replay, Strategy
+from secura_ds.training.trainer import Trainer
+
+
+def stage_recipe(recipe: SequenceRecipe, sequence: Sequence, number: int, folder: Path) -> Recipe:
+    """The recipe of the run for the task at position `number`; launch/train.py could run it as well."""
+    task = sequence.order[number]
+    # Not validated: the file need not be there yet.
+    source = Source.model_construct(path=str(task_files(folder, task).train))
+    data = DataRecipe.model_construct(
+        sources=[source], seed=sequence.seed, **recipe.data.model_dump(exclude={"max_examples"})
+    )
+    return _recipe(
+        recipe,
+        name=f"{sequence.entry.name}-{task}",
+        adapter=sequence.entry.adapter.model_dump(),
+        data=data,
+        training={
+            **recipe.training.model_dump(),
+            "output_dir": str(stage_places(folder, sequence, number).run),
+            "learning_rate": sequence.learning_rate,
+            "seed": sequence.seed,
+        },
+    )
+
+
+def _recipe(recipe: SequenceRecipe, **sections: Any) -> Recipe:
+    evaluation = {
+        "probes": [probe.model_dump() for probe in recipe.evaluation.probes],
+        "batch_size": recipe.evaluation.batch_size,
+    }
+    made = Recipe.model_validate(
+        {"backbone": recipe.backbone.model_dump(), "evaluation": evaluation, **sections},
+        context={"folder": recipe.folder},
+    )
+    made._folder = recipe.folder
+    return made
+
+
+def make_strategy(
+    recipe: SequenceRecipe,
+    sequence: Sequence,
+    number: int,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Strategy:
+    """The strategy for the task at position `number`, with what the tasks before it left.
+
+    Collective: the main process writes the buffer's examples down.
+    """
+    settings = sequence.entry.strategy
+    before = stage_places(folder, sequence, number - 1) if number else None
+    if isinstance(settings, ExperienceReplay | InterpolatedLora):
+        replay = _replay(settings, recipe, sequence, number, folder, tokenizer) if number else None
+        if isinstance(settings, ExperienceReplay):
+            return strategies.ExperienceReplay(replay)
+        memory = None
+        if before is not None:
+            memory = _kept_memory(before.run)
+        return strategies.InterpolatedLora(
+            replay, decay=settings.ema_decay, weight=settings.consistency, memory=memory
+        )
+    if isinstance(settings, ElasticWeights):
+        anchors = strategies.Anchors.from_tensors(load_file(before.anchors)) if before is not None else None
+        return strategies.ElasticWeights(
+            settings.penalty, anchors, settings.decay if settings.online else None
+        )
+    return Strategy()
+
+
+def _kept_memory(run: Path) -> dict[str, Any]:
+    """The long-term memory in the last checkpoint of the run before."""
+    found = checkpoint.latest(run / "checkpoints")
+    assert found is not None, run  # the same checkpoint that training begins with
+    tensors = checkpoint.read(found).trained
+    return {n.removeprefix(STRATEGY): value for n, value in tensors.items() if n.startswith(STRATEGY)}
+
+
+def _replay(
+    settings: ExperienceReplay | InterpolatedLora,
+    recipe: SequenceRecipe,
+    sequence: Sequence,
+    number: int,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Replay:
+    path = stage_places(folder, sequence, number).buffer
+
+    def write() -> None:
+        earlier = [
+            task_files(folder, task).train.read_text(encoding="utf-8").splitlines(keepends=True)
+            for task in sequence.order[:number]
+        ]
+        kept = strategies.buffered(earlier, settings.buffer_size, sequence.seed)
+        atomic_write_text(path, "".join(kept))
+
+    on_main(write)
+    rows = _rows(recipe, sequence, number, folder, path, tokenizer)
+    return Replay(rows, settings.per_step)
+
+
+def _rows(
+    recipe: SequenceRecipe,
+    sequence: Sequence,
+    number: int,
+    folder: Path,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Dataset:
+    """The examples of a file, as the task at position `number` would learn them."""
+    stage = stage_recipe(recipe, sequence, number, folder)
+    sources = [stage.data.sources[0].model_copy(update={"path": str(path)})]
+    data = stage.data.model_copy(update={"sources": sources})
+    rows, _, _ = build_datasets(stage.model_copy(update={"data": data}), tokenizer)
+    return rows
+
+
+def carry_on(recipe: SequenceRecipe, sequence: Sequence, number: int, folder: Path, trainer: Trainer) -> None:
+    """Write down what the strategy needs of this task for those after it. Collective."""
+    settings, strategy = sequence.entry.strategy, trainer.strategy
+    last = number == len(sequence.order) - 1
+    if (
+        last
+        or not isinstance(settings, ElasticWeights)
+        or not isinstance(strategy, strategies.ElasticWeights)
+    ):
+        return
+    path = stage_places(folder, sequence, number).anchors
+    if on_main(path.is_file):
+        return
+    task = task_files(folder, sequence.order[number]).train
+    rows = _rows(recipe, sequence, number, folder, task, trainer.processing_class)
+    chosen = rows.shuffle(seed=sequence.seed).select(range(min(settings.fisher_examples, len(rows))))
+    fisher = strategies.fisher_information(trainer, chosen.to_list())
+    anchors = strategies.joined(strategy.anchors, fisher, strategies.values_of(trainer), strategy.decay)
+    on_main(lambda: save_tensors(path, anchors.to_tensors()))

@@ -1,0 +1,37 @@
+"""The gradient norms that runs and task sequences have logged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from secura_ds.errors import UserError
+from secura_ds.report.run_folder import read_runs
+from secura_ds.report.sequence.entries import entries
+from secura_ds.report.sequence.folder import is_results_folder
+from secura_ds.report.sequence.gradients import read_gradients
+from secura_ds.report.sequence.page import read_results_folders
+
+
+def logged_norms(folders: Sequence[Path]) -> dict[str, list[float]]:
+    """L2 norms before clipping of all logged steps, by run, or by entry of a results folder.
+
+    Raises:
+        UserError: a folder is neither, both kinds are mixed, or one has logged no norm.
+    """
+    results = [folder for folder in folders if is_results_folder(folder)]
+    if results and len(results) < len(folders):
+        raise UserError(f"{results[0]} holds the results of task sequences: give run folders alone, or these")
+    if results:
+        found, missing = read_gradients(entries(read_results_folders(folders)))
+        norms = {gradients.entry.label: gradients.values for gradients in found}
+        if not norms:
+            raise UserError(
+                f"{results[0]} has logged no gradient norms (first {missing[0] if missing else '-'})"
+            )
+        return norms
+    norms = {run.label: run.series("grad_norm")[1] for run in read_runs(folders)}
+    for folder, values in zip(folders, norms.values(), strict=True):
+        if not values:
+            raise UserError(f"{folder}/metrics.jsonl has no gradient norms: give a run that has trained")
+    return norms

@@ -1,0 +1,250 @@
+"""Whole sequences on a toy: what they leave, that each task goes on from the last, and that they go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from continual_toys import TASKS, strategies, write_sequence_toy
+from safetensors.torch import load_file
+from training_toys import adapter, losses
+
+from secura_ds.adapter import load_adapter
+from secura_ds.backbones import load_model, load_tokenizer
+from secura_ds.continual import SequencesSummary, run_sequences
+from secura_ds.continual import measure as measuring
+from secura_ds.errors import UserError
+from secura_ds.evaluation import evaluate
+from secura_ds.recipe import EvaluationRecipe, SequenceRecipe, load_sequence_recipe
+from secura_ds.training import callbacks, train
+from secura_ds.training.trainer import Trainer
+
+SECURA = {"method": "secura", "cur_rank": 7, "inner_rank": 9}
+M1 = SECURA | {"strategy": "M1", "fold_every": 2}
+LORA = {"method": "lora", "rank": 3, "target_modules": ["q_proj"]}
+ENTRIES = [
+    *({"name": kind, "adapter": SECURA, "strategy": s} for kind, s in strategies().items()),
+    {"name": "folded", "adapter": M1, "strategy": strategies()["er"]},
+    {"name": "lora", "adapter": LORA, "strategy": strategies()["ewc"]},
+]
+
+
+def entry(name: str) -> dict[str, Any]:
+    return next(e for e in ENTRIES if e["name"] == name) | {"learning_rates": [0.01]}
+
+
+def load(folder: Path, *options: str, **changes: Any) -> SequenceRecipe:
+    if not (folder / "sequences.json").is_file():
+        write_sequence_toy(folder, **changes)
+    return load_sequence_recipe(folder / "sequences.json", [f"output_dir={folder / 'results'}", *options])
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "results" / "continual.json").read_text()))
+
+
+def timeless(value: Any) -> Any:
+    """A document without what differs from run to run."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "peak_memory_bytes")}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every strategy over the three tasks, uninterrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    recipe = load(folder, entries=[entry(e["name"]) for e in ENTRIES])
+    assert run_sequences(recipe) == SequencesSummary(planned=7, finished=7, diverged=0)
+    return folder
+
+
+def test_every_task_and_probe_is_measured_before_and_after_each_task(whole: Path) -> None:
+    found = results(whole)
+    assert found["status"] == "finished"
+    assert [task["name"] for task in found["tasks"]] == list(TASKS)
+    assert [task["chance"] for task in found["tasks"]] == [0, 0, 0.5]
+    assert [probe["name"] for probe in found["probes"]] == ["knowledge", "general"]
+    assert set(found["before"]["tasks"]) == set(TASKS)
+    for sequence in found["sequences"]:
+        assert [stage["task"] for stage in sequence["stages"]] == list(TASKS)
+        for stage in sequence["stages"]:
+            assert set(stage["tasks"]) == set(TASKS) and set(stage["probes"]) == {"knowledge", "general"}
+            assert all(value["loss"] > 0 and value["loss_stderr"] > 0 for value in stage["tasks"].values())
+            assert stage["train"]["steps"] == 3 and stage["train"]["validation_loss"] > 0
+        assert sequence["metrics"] is not None
+    kept = {s["entry"]: s["buffer_examples"] for s in found["sequences"]}
+    assert kept == {"seq": 0, "er": 6, "ewc": 0, "online": 0, "i-lora": 6, "folded": 6, "lora": 0}
+
+
+def test_what_is_measured_is_what_the_saved_adapter_does(whole: Path) -> None:
+    """For M1, whose weights have changed, and I-LoRA, whose long-term memory is kept, too."""
+    recipe = load(whole)
+    tokenizer = load_tokenizer(recipe.backbone)
+    probes = EvaluationRecipe(probes=recipe.evaluation.probes)
+    for sequence in results(whole)["sequences"]:
+        stage = whole / "results" / sequence["folder"] / "stages" / "03-sizes"
+        model = load_adapter(load_model(recipe.backbone), stage / "adapter")
+        again = evaluate(model, tokenizer, probes, recipe.resolve_path, progress=False)["probes"]
+        measured = sequence["stages"][-1]["probes"]
+        assert measured["general"]["score"] == pytest.approx(again["general"]["mean_token_loss"], rel=1e-5)
+        assert measured["general"]["score"] != results(whole)["before"]["probes"]["general"]["score"]
+
+
+def test_a_task_goes_on_from_the_last_one(whole: Path) -> None:
+    """Two tasks in a row are one run of both, but for the optimizer and the schedule, which begin anew."""
+    stages = whole / "results" / "sequences" / "seq-lr0.01-order1-seed0" / "stages"
+    first, second = adapter(stages / "01-sums"), adapter(stages / "02-names")
+    moved = {name: float((second[name] - first[name]).abs().max()) for name in first if "_B" in name}
+    # Adam moves a parameter by about the learning rate a step, 3 steps on a cosine here.
+    assert all(0 < value < 3.5e-2 for value in moved.values())
+    assert all(torch.equal(first[n], second[n]) for n in first if "_C" in n or "_R" in n)
+    assert not list(stages.glob("*/checkpoints"))
+
+
+def test_one_task_is_the_run_of_launch_train(whole: Path, tmp_path: Path) -> None:
+    from secura_ds.recipe import load_recipe
+
+    stage = whole / "results" / "sequences" / "seq-lr0.01-order1-seed0" / "stages" / "01-sums"
+    recipe = load_recipe(stage / "recipe.resolved.json", [f"training.output_dir={tmp_path / 'run'}"])
+    train(recipe)
+    assert losses(tmp_path / "run") == losses(stage)
+    expected = adapter(stage)
+    assert all(torch.equal(value, expected[name]) for name, value in adapter(tmp_path / "run").items())
+
+
+def test_strategies_differ_after_the_first_task_only(whole: Path) -> None:
+    base = whole / "results" / "sequences"
+    first = {k: losses(base / f"{k}-lr0.01-order1-seed0/stages/01-sums") for k in strategies()}
+    second = {k: losses(base / f"{k}-lr0.01-order1-seed0/stages/02-names") for k in strategies()}
+    assert all(value == first["seq"] for value in first.values())
+    assert len({tuple(second[k]) for k in ("seq", "er", "ewc", "i-lora")}) == 4
+
+
+class Interruption:
+    """Sends SIGTERM at chosen moments of a run, as a cluster would, one after the other."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, moments: list[tuple[str, int]]) -> None:
+        self.moments = moments
+        self.counts = {"step": 0, "measurement": 0, "forward": 0}
+        on_step, score = callbacks.Agreement.on_step_end, measuring._loss
+
+        def step(agreement: Any, *args: Any, **more: Any) -> None:
+            self.count("step")
+            on_step(agreement, *args, **more)
+
+        def measured(*args: Any, **more: Any) -> Any:
+            self.count("measurement")
+            return score(*args, **more)
+
+        monkeypatch.setattr(callbacks.Agreement, "on_step_end", step)
+        monkeypatch.setattr(measuring, "_loss", measured)
+
+    def count(self, kind: str) -> None:
+        self.counts[kind] += 1
+        if self.moments and self.moments[0] == (kind, self.counts[kind]):
+            self.moments.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("name", ["er", "ewc", "i-lora", "folded"])
+def test_an_interrupted_sequence_is_the_uninterrupted_one(
+    name: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the measurement of the backbone, within a task, in a measurement and within the last task."""
+    recipe = load(tmp_path, entries=[entry(name)])
+    moments = [("measurement", 2), ("step", 2), ("measurement", 8), ("step", 5), ("step", 8)]
+    interruption = Interruption(monkeypatch, list(moments))
+    summaries = [run_sequences(recipe)]
+    while summaries[-1].signal is not None:
+        assert len(summaries) <= len(moments), interruption.moments
+        summaries.append(run_sequences(recipe, resume=True))
+    assert [summary.signal for summary in summaries] == [signal.SIGTERM] * len(moments) + [None]
+    assert interruption.moments == []
+    expected, found = results(whole), results(tmp_path)
+    label = f"{name}-lr0.01-order1-seed0"
+    wanted = next(s for s in expected["sequences"] if s["label"] == label)
+    assert timeless(found["sequences"]) == timeless([wanted])
+    assert found["before"] == expected["before"]
+    for task in ("01-sums", "02-names", "03-sizes"):
+        stages = [f / "results/sequences" / label / "stages" / task for f in (whole, tmp_path)]
+        first, second = (load_file(stage / "adapter/adapter_model.safetensors") for stage in stages)
+        assert all(torch.equal(value, second[key]) for key, value in first.items())
+        assert losses(stages[0]) == losses(stages[1])
+
+
+def test_a_finished_recipe_may_gain_entries_rates_orders_and_seeds(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "more")
+    more = tmp_path / "more"
+    before = results(more)["sequences"]
+    values = json.loads((more / "sequences.json").read_text())
+    values["entries"] = [entry("seq") | {"learning_rates": [0.01, 0.02]}, entry("er")]
+    values["orders"] = [list(TASKS), ["sizes", "sums"]]
+    values |= {"backbone": {"model": str(whole / "backbone"), "dtype": "float32"}}
+    (more / "sequences.json").write_text(json.dumps(values))
+    earlier = json.loads((more / "results/recipe.resolved.json").read_text())
+    earlier["task_folders"], earlier["evaluation"] = values["task_folders"], earlier["evaluation"]
+    for probe in earlier["evaluation"]["probes"]:
+        probe["path"] = probe["path"].replace(str(whole), str(more))
+    (more / "results/recipe.resolved.json").write_text(json.dumps(earlier))
+    assert run_sequences(load(more), resume=True).finished == 6
+    labels = [s["label"] for s in results(more)["sequences"]]
+    assert labels == [
+        "seq-lr0.01-order1-seed0", "seq-lr0.01-order2-seed0", "seq-lr0.02-order1-seed0",
+        "seq-lr0.02-order2-seed0", "er-lr0.01-order1-seed0", "er-lr0.01-order2-seed0",
+    ]  # fmt: skip
+    kept = {s["label"]: s for s in results(more)["sequences"]}
+    assert all(kept[s["label"]] == s for s in before if s["label"] in kept)
+
+
+def test_a_sequence_that_diverges_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load(tmp_path, entries=[entry("seq") | {"learning_rates": [0.02, 0.01]}])
+    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": 6})})
+    compute = Trainer.compute_loss
+
+    def broken(trainer: Trainer, *args: Any, **more: Any) -> Any:
+        loss = compute(trainer, *args, **more)
+        return loss * float("nan") if trainer.args.learning_rate == 0.02 else loss
+
+    monkeypatch.setattr(Trainer, "compute_loss", broken)
+    assert run_sequences(longer) == SequencesSummary(planned=2, finished=1, diverged=1)
+    first, second = results(tmp_path)["sequences"]
+    assert first["status"] == "diverged" and first["metrics"] is None
+    assert second["status"] == "finished"
+    assert run_sequences(longer, resume=True) == SequencesSummary(planned=2, finished=1, diverged=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("training.max_steps=4", "training.max_steps is 4, but the sequences in .* started with 3"),
+        ('tasks=["sums","names"]', "tasks is"),
+        ("entries.0.adapter.cur_rank=5", "entry seq: adapter is"),
+        ("backbone.dtype=bfloat16", "backbone.dtype is"),
+    ],
+)
+def test_results_of_another_recipe_are_not_continued(whole: Path, change: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"--resume: {said}"):
+        run_sequences(load(whole, change), resume=True)
+
+
+def test_results_are_not_overwritten_unasked(whole: Path) -> None:
+    with pytest.raises(UserError, match="already holds task sequences: --resume continues them, --overwrite"):
+        run_sequences(load(whole))
+
+
+def test_a_tasks_file_that_changed_is_noticed(whole: Path, tmp_path: Path) -> None:
+    write_sequence_toy(tmp_path, entries=[entry("seq")])
+    run_sequences(load(tmp_path))
+    path = tmp_path / "tasks" / "sums-train.jsonl"
+    path.write_text(path.read_text().replace("add 3 ", "plus 3 "))
+    with pytest.raises(UserError, match="holds other examples than the task has now"):
+        run_sequences(load(tmp_path), resume=True)

@@ -1,0 +1,162 @@
+"""The page of task sequences: whole in itself, escaped, right for one entry and for twelve."""
+
+from __future__ import annotations
+
+import base64
+import json
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_continual import make_continual, make_frontier
+
+from secura_ds.report import write_report
+from secura_ds.report.sequence.folder import read_results
+from secura_ds.report.sequence.page import render_sequences
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the visible text with single spaces."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.parts: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.parts).replace("\u00a0", " ").split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.parts.append(data)
+
+    def attributes(self, tag: str, name: str) -> list[str]:
+        return [attrs.get(name) or "" for found, attrs in self.tags if found == tag]
+
+
+def pngs(folder: Path) -> set[str]:
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
+    return {path.stem for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_continual(tmp_path_factory.mktemp("results") / "r", tasks=2, entries=2)
+    assert write_report([folder]) == folder / "report.html"
+    return folder
+
+
+def test_the_page_needs_nothing_else(whole: Path) -> None:
+    page = Page(whole / "report.html")
+    assert not {tag for tag, _ in page.tags} & {"script", "iframe", "object", "form"}
+    images = page.attributes("img", "src") + page.attributes("source", "srcset")
+    assert len(images) == 2 * len(pngs(whole / "plots")) and all(i.startswith("data:") for i in images)
+    for uri in images:
+        svg = base64.b64decode(uri.removeprefix("data:image/svg+xml;base64,"))
+        assert len(list(ElementTree.fromstring(svg).iter())) > 40
+    assert all(len(alt) > 60 for alt in page.attributes("img", "alt"))
+    anchors = page.attributes("a", "href")
+    assert len(anchors) == 7 and {a[1:] for a in anchors} <= {attrs.get("id") for _, attrs in page.tags}
+
+
+def test_every_plot_is_a_png_too(whole: Path) -> None:
+    assert pngs(whole / "plots") == {
+        "matrix-1", "matrix-2", "frontier-retention", "frontier-text-loss-change",
+        "frontier-forgetting-diagonal", "tasks-so-far", "probe-1", "probe-2", "gradient-spread",
+        "gradient-course",
+    }  # fmt: skip
+
+
+def test_the_same_results_give_the_same_page(whole: Path) -> None:
+    assert render_sequences([read_results(whole)]) == (whole / "report.html").read_text(encoding="utf-8")
+
+
+def test_tables_hold_the_numbers_of_the_document(whole: Path) -> None:
+    text = Page(whole / "report.html").text
+    document = json.loads((whole / "continual.json").read_text(encoding="utf-8"))
+    last = [s["stages"][-1]["probes"]["general_text"]["score"] for s in document["sequences"][:2]]
+    after = sum(last) / 2
+    assert f"secura 3.160 ± 0.030 {after:.3f} ± 0.030 +{after - 3.16:.3f} ± 0.042" in text
+    assert "SECURA 0.0003 737,280 40 122,880 1 min 06 s 1.20 GiB none" in text
+    assert "Nothing: every sequence is finished and everything was measured." in text
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    attack = "<script>alert(1)</script>\"' $x_1$"
+    folder = make_continual(tmp_path / "r", tasks=2, entries=2, seeds=1, name=attack, runs=False)
+    file = folder / "continual.json"
+    text = file.read_text(encoding="utf-8")
+    for name in ('"lora"', '"units"', '"german"', '"knowledge"', '"dora"', '"exact_match"'):
+        text = text.replace(name, json.dumps(f"{name[1:-1]} {attack}"))
+    file.write_text(text, encoding="utf-8")
+    page = Page(write_report([folder]))
+    assert "script" not in {tag for tag, _ in page.tags}
+    for name in ("lora", "german", "exact match", "knowledge"):
+        assert f"{name} {attack}".lower().replace("_", " ") in page.text.lower().replace("_", " ")
+    assert "No gradient norms are in" in page.text and "gradient-course" not in pngs(folder / "plots")
+
+
+def test_a_sweep_of_rates_is_a_frontier(tmp_path: Path) -> None:
+    folder = make_frontier(tmp_path / "r", seeds=2)
+    text = Page(write_report([folder])).text
+    assert {"rates-retention", "rates-text-loss-change"} <= pngs(folder / "plots")
+    assert not any(name.startswith(("matrix", "probe")) for name in pngs(folder / "plots"))
+    assert "which 3 methods reach between their rates, SECURA has the best knowledge kept" in text
+    assert "Backward transfer" not in text
+
+
+@pytest.mark.parametrize(("tasks", "entries", "orders"), [(1, 1, 1), (16, 12, 1), (5, 2, 3)])
+def test_small_and_large_studies_are_drawn(tmp_path: Path, tasks: int, entries: int, orders: int) -> None:
+    folder = make_continual(tmp_path / "r", tasks=tasks, entries=entries, seeds=1, orders=orders, runs=False)
+    page = Page(write_report([folder]))
+    maps = [name for name in pngs(folder / "plots") if name.startswith("matrix")]
+    assert len(maps) == (0 if tasks == 1 else entries * orders)
+    assert ("4 more orders" in page.text) == (orders == 3)
+    assert "Take it as a lead, not a result" in page.text or orders == 3
+
+
+def test_unfinished_and_unmeasured_parts_are_named(tmp_path: Path) -> None:
+    folder = make_continual(tmp_path / "r", tasks=2, entries=1, seeds=1, unfinished=1, runs=False)
+    document = json.loads((folder / "continual.json").read_text(encoding="utf-8"))
+    for place in [document["before"], *document["sequences"][0]["stages"]]:
+        del place["probes"]["knowledge"]
+        for fields in place["tasks"].values():
+            fields["score"] = fields["stderr"] = None
+    (folder / "continual.json").write_text(json.dumps(document), encoding="utf-8")
+    text = Page(write_report([folder])).text
+    assert "No sequence is finished yet: nothing can be said." in text
+    assert "secura-or-ge-seed0 is unfinished (1 of 2 tasks): its metrics are not counted." in text
+    assert "these tasks: orders, german." in text and "these probes: knowledge." in text
+    assert "matrix-1" in pngs(folder / "plots")
+
+
+def test_losses_stand_in_for_scores_that_nobody_asked_for(tmp_path: Path) -> None:
+    folder = make_continual(tmp_path / "r", tasks=2, entries=2, seeds=2, runs=False)
+    document = json.loads((folder / "continual.json").read_text(encoding="utf-8"))
+    points: list[dict[str, Any]] = [document["before"]]
+    points += [stage for sequence in document["sequences"] for stage in sequence["stages"]]
+    for point in points:
+        for fields in point["tasks"].values():
+            fields["score"] = fields["stderr"] = None
+    (folder / "continual.json").write_text(json.dumps(document), encoding="utf-8")
+    page = Page(write_report([folder]))
+    assert "lora learnt most: task loss, change right after training −" in page.text
+    assert any("Heat map of secura" in alt and "orders: 2.600 before" in alt
+               for alt in page.attributes("img", "alt"))  # fmt: skip
+
+
+def test_several_folders_are_compared_on_one_page(tmp_path: Path) -> None:
+    folders = [
+        make_continual(tmp_path / name, name=name, tasks=2, entries=1, seeds=2, runs=False)
+        for name in ("first", "second")
+    ]
+    text = Page(write_report(folders, tmp_path / "both.html")).text
+    assert "first against second" in text and "comparison of 2 results" in text
+    assert "first: secura" in text and "second: secura" in text
+    assert "frontier-retention" in pngs(tmp_path / "both-plots") and not (folders[0] / "plots").exists()
