@@ -92,7 +92,7 @@ def _draw(norm_sq: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     log_inverted = -norm_sq.cpu().double().clamp(min=_SMALLEST_SQUARE).log()
     uniform = torch.rand(len(norm_sq), generator=generator, dtype=torch.float64)
     keys = log_inverted - (-uniform.log()).log()
-    return torch.argsort(keys, descending=True, stable=True)[:rank].to(norm_sq.device)
+    return torch.argsort(keys, descending=True, stable=True)[:rank].clone().to(norm_sq.device)
 
 
 def _refuse_zero(row_sq: Tensor, column_sq: Tensor, shape: tuple[int, ...]) -> None:

@@ -64,6 +64,10 @@ def stepping(subject: Subject) -> int:
         # On a GPU AdamW works on all parameters together, on a CPU one after the other.
         at_once = sum(trained) if subject.device == "cuda" else max(trained)
         gradients = 0 if subject.rest.device["gradients"] else sum(trained) * FP32
+    elif zero.stage == 3:
+        # One sub-group after the other: its gradients in one piece, and widened.
+        at_once = min(rest.slices, zero.sub_group)
+        gradients = at_once * (FP32 + _itemsize(subject))
     else:
         gradients = rest.slices * FP32 + trained_bytes(subject.model)
     return sum(rest.device.values()) + gradients + 2 * at_once * FP32

@@ -13,6 +13,7 @@ _DEFAULTS = {
     "stage3_param_persistence_threshold": 1e5,
     "stage3_max_live_parameters": 1e9,
     "stage3_max_reuse_distance": 1e9,
+    "sub_group_size": 1e9,
 }
 
 
@@ -27,6 +28,7 @@ class Zero:
     persistence: int = 0
     live: int = 0
     reuse: int = 0
+    sub_group: int = 0
     overlap: bool = False
     contiguous_gradients: bool = True
     saves_inputs: bool = False
@@ -60,6 +62,7 @@ class Zero:
             persistence=number("stage3_param_persistence_threshold"),
             live=number("stage3_max_live_parameters"),
             reuse=number("stage3_max_reuse_distance"),
+            sub_group=number("sub_group_size"),
             overlap=stage == 3 if overlap is None else bool(overlap),
             contiguous_gradients=bool(given.get("contiguous_gradients", True)),
             saves_inputs=stage == 3 and bool(given.get("memory_efficient_linear", True)),

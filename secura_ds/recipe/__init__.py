@@ -2,6 +2,7 @@
 
 from secura_ds.recipe.adapter import (
     METHODS,
+    WEIGHT_USES,
     Adapter,
     CabrAdapter,
     CabrSettings,
@@ -24,7 +25,6 @@ from secura_ds.recipe.loading import (
     recipe_schema,
 )
 from secura_ds.recipe.schema import (
-    WEIGHT_USES,
     BackboneRecipe,
     DataRecipe,
     EvaluationRecipe,

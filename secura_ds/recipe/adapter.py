@@ -228,3 +228,9 @@ METHODS: tuple[str, ...] = tuple(
     method for section in get_args(Adapter) for method in get_args(section.model_fields["method"].annotation)
 )
 """The names of all methods."""
+WEIGHT_USES = {
+    "osf": "takes the weights apart into singular triplets",
+    "corda": "moves a part of the weights into its adapter",
+    "full": "trains the weights themselves",
+}
+"""What a method does that needs whole weights in more than 4 bits."""

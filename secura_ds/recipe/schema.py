@@ -18,21 +18,14 @@ from pydantic_core import PydanticCustomError
 from secura_ds.embedded import EMBEDDED
 from secura_ds.errors import redacted
 from secura_ds.recipe.adapter import (
+    WEIGHT_USES,
     Adapter,
     AnyMethod,
     CabrSettings,
-    CordaAdapter,
     FullTraining,
-    OsfAdapter,
 )
 from secura_ds.recipe.base import RULE, File, Fraction, PositiveFloat, PositiveInt, Section, Seed, find_path
 
-# Why a method needs weights in more than 4 bits.
-WEIGHT_USES = {
-    "osf": "takes the weights apart into singular triplets",
-    "corda": "moves a part of the weights into its adapter",
-    "full": "trains the weights themselves",
-}
 _HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
 
 
@@ -359,7 +352,7 @@ def refuse_4_bit(adapter: Adapter, backbone: BackboneRecipe | None, where: str) 
             "quantization null",
             {"where": where},
         )
-    if isinstance(adapter, OsfAdapter | CordaAdapter | FullTraining):
+    if adapter.method in WEIGHT_USES:
         raise PydanticCustomError(
             RULE,
             '{where}.method is "{method}", which {what}, but backbone.quantization keeps the weights in '

@@ -27,7 +27,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(
     str(path.relative_to(RECIPES))
     for path in [*RECIPES.glob("*.json"), *RECIPES.glob("qlora/*.json")]
-    if path.name != "recipe.schema.json"
+    if not path.name.endswith(".schema.json")
 )
 SECONDS = 5.0  # in which a recipe is loaded or refused
 PLANNED = 4  # every so manieth valid recipe is planned, too

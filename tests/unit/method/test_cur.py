@@ -131,3 +131,9 @@ def test_sampling_takes_zero_norms_first_and_all_of_them_evenly() -> None:
     first = [sampled(weight, 3, seed=seed)[1].tolist() for seed in range(200)]
     assert all({1, 2} < set(columns) for columns in first)
     assert 60 < sum(columns[0] == 1 for columns in first) < 140
+
+
+def test_chosen_indices_keep_nothing_else_alive() -> None:
+    weight = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    for chosen in (*sampled(weight, 3, seed=1), *least_important(weight, 3)):
+        assert chosen.untyped_storage().nbytes() == 3 * 8

@@ -110,6 +110,7 @@ def test_defaults_are_deepspeeds_own() -> None:
         reduce_bucket=own.reduce_bucket_size,
         allgather_bucket=own.allgather_bucket_size,
         prefetch=own.prefetch_bucket_size,
+        sub_group=own.sub_group_size,
         persistence=own.param_persistence_threshold,
         live=own.max_live_parameters,
         reuse=own.max_reuse_distance,
