@@ -1,4 +1,4 @@
-"""Scores of the embedded model: its own chat template, its own tokens, and none of a task known beforehand."""
+"""Scores of the embedded model: its own chat template and tokens, and a task that it does not know."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def folder() -> Path:
 def test_the_embedded_model_is_asked_what_it_is_trained_on(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    tasks = load_tasks(["weekdays", "roman_numerals"], [TASKS])
+    tasks = load_tasks(["invented_facts", "roman_numerals"], [TASKS])
     found = score_tasks(model, tokenizer, tasks, max_items=2, batch_size=4, progress=False)
     assert found["roman_numerals"]["items"] == [0.0, 0.0]
-    assert found["weekdays"]["n"] == 2
+    assert found["invented_facts"]["n"] == 2
     asked = AskedModel(model, tokenizer, 1, progress=False)
     for task in tasks:
         (example,) = task.held_out_examples(1)
