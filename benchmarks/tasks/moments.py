@@ -1,22 +1,18 @@
-"""Tasks on time: dates some days on, weekdays, and clocks in other time zones."""
+"""Tasks on time: dates some days on, and clocks in other time zones."""
 
 from __future__ import annotations
 
 import random
 from datetime import date, timedelta
 
-from rows import Row, Split, choice, listed, split_rows, written
+from rows import Row, Split, listed, split_rows, written
 
 MONTHS = listed("January February March April May June July August September October November December")
-WEEKDAYS = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 ZONES = {
     "Lima": -5, "Halifax": -4, "Recife": -3, "London": 0, "Oslo": 1, "Cairo": 2, "Nairobi": 3, "Baku": 4,
     "Lahore": 5, "Dhaka": 6, "Hanoi": 7, "Perth": 8, "Tokyo": 9,
 }  # fmt: skip
 """Standard time, without summer time."""
-EVENTS = listed(
-    "meeting concert play lecture dinner match lesson party visit flight sale exam picnic wedding"
-)
 
 
 def _written_date(day: date) -> str:
@@ -28,17 +24,6 @@ def later_date(draw: random.Random) -> Row:
     day = date(2023, 1, 1) + timedelta(days=draw.randrange(340))
     days = draw.randint(2, 20)
     return written(f"{_written_date(day)} plus {days} days", _written_date(day + timedelta(days=days)))
-
-
-def shifted_weekday(draw: random.Random) -> Row:
-    """An event that was put off by some days: on which weekday is it now?"""
-    day, days = draw.randrange(7), draw.randint(1, 6)
-    event, later = draw.choice(EVENTS), draw.random() < 0.7
-    right = (day + days) % 7 if later else (day - days) % 7
-    step = f"{days} day{'s' if days > 1 else ''} {'later' if later else 'earlier'}"
-    prompt = f"The {event} was to be on {WEEKDAYS[day]}; it is {step}. On which weekday is it?"
-    wrong = draw.sample([name for i, name in enumerate(WEEKDAYS) if i != right], 3)
-    return choice(prompt, WEEKDAYS[right], wrong, draw)
 
 
 def zone_time(draw: random.Random) -> Row:
@@ -55,5 +40,5 @@ def zone_time(draw: random.Random) -> Row:
 
 def tasks() -> dict[str, Split]:
     """Every task of this file."""
-    makers = {"later_dates": later_date, "weekdays": shifted_weekday, "time_zones": zone_time}
+    makers = {"later_dates": later_date, "time_zones": zone_time}
     return {name: split_rows(name, maker) for name, maker in makers.items()}
