@@ -112,6 +112,15 @@ def test_a_dry_run_prints_a_script_that_bash_can_read(
     assert subprocess.run(["bash", "-n", str(tmp_path / "script")], check=False).returncode == 0
 
 
+def test_a_recipe_of_task_sequences_has_its_own_job(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(REPOSITORY / "recipes" / "continual" / "smollm2-two-tasks.json")
+    assert submit.main([recipe, "--nodes", "3", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "#SBATCH --job-name=secura-continual" in lines and "#SBATCH --nodes=3" in lines
+    assert "set -- recipes/continual/smollm2-two-tasks.json" in lines
+    assert 'run_on_nodes launch/continual.py "$@"' in lines
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

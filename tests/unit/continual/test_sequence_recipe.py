@@ -75,7 +75,10 @@ def test_a_recipe_loads_again_as_it_was_resolved(path: Path, tmp_path: Path) -> 
             "did you mean ewc?",
         ),
         ("entries.0.adapter.method=dorra", "did you mean dora?"),
-        ("entries.0.strategy.penalti=3", "entries.0.strategy.penalti from --set is no known key"),
+        (
+            'entries.0.strategy={"kind": "ewc", "penalti": 3}',
+            "entries.0.strategy.penalti from --set is no known key; did you mean penalty?",
+        ),
         ("entries.0.learning_rates=[]", "should have at least 1 item"),
         ("entries.0.learning_rates=[0.1,0.1]", "0.1 is given twice"),
         ("seeds=[1,1]", "1 is given twice"),
