@@ -11,13 +11,12 @@ from pydantic_core import PydanticCustomError
 
 from secura_ds.recipe.adapter import AnyMethod, CabrSettings
 from secura_ds.recipe.base import RULE, PositiveFloat, PositiveInt, Section, Seed, find_path
+from secura_ds.recipe.rules import refuse_4_bit, refuse_rounded_masters
 from secura_ds.recipe.schema import (
     BackboneRecipe,
     OutputFolder,
     Probe,
     StageTraining,
-    refuse_4_bit,
-    refuse_rounded_masters,
     settings_of,
 )
 

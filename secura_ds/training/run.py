@@ -5,26 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from peft import PeftModel
-from safetensors import safe_open
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
 from secura_ds import environment
-from secura_ds.adapter import fold, save_adapter
 from secura_ds.backbones import load_tokenizer
 from secura_ds.calibration import Calibration
 from secura_ds.data import build_datasets
 from secura_ds.environment import is_main_process
 from secura_ds.errors import UserError
-from secura_ds.files import atomic_folder, atomic_write_json
+from secura_ds.files import atomic_write_json
 from secura_ds.ranks import on_main
 from secura_ds.recipe import CabrSettings, CordaAdapter, Recipe
 from secura_ds.sharding import full_shape
@@ -43,7 +40,7 @@ from secura_ds.training.callbacks import (
     cut_log,
     peak_memory,
 )
-from secura_ds.training.export import export, require_exportable, require_names
+from secura_ds.training.export import require_exportable, require_names
 from secura_ds.training.memory import check_memory
 from secura_ds.training.model import (
     build_model,
@@ -53,10 +50,10 @@ from secura_ds.training.model import (
     trainable,
 )
 from secura_ds.training.release import release
+from secura_ds.training.result import finish
 from secura_ds.training.session import Session, session
 from secura_ds.training.strategy import Steps, Strategy
 from secura_ds.training.trainer import Trainer
-from secura_ds.training.whole import save_whole
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +143,7 @@ def _train(
         merged = None
         if _status(agreement) == "finished":
             stage.strategy.finish(trainer)
-            merged = _finish(trainer, folder, base, agreement)
+            merged = finish(trainer, folder, base, agreement)
             _measure(trainer, stage, agreement)
         summary = RunSummary(
             status=_status(agreement),
@@ -313,51 +310,11 @@ def _status(agreement: Agreement) -> str:
     return "interrupted" if agreement.stopped_by is not None else "finished"
 
 
-def _finish(trainer: Trainer, folder: Path, base: Path | None, agreement: Agreement) -> str | None:
-    """Write the adapter and its tokenizer, read them back, and merge them into `base`, if there is one.
-
-    Full training has no adapter: the model itself is written.
-
-    Returns:
-        The folder of the whole checkpoint, if there is to be one and no signal came before its end.
-    """
-    if not isinstance(trainer.model, PeftModel):
-        target = folder / folders.MODEL
-        return str(save_whole(trainer.model, trainer.processing_class, trainer.args, target))
-    model = trainer.model
-    config = secura_config(model)
-    if config is not None and config.strategy == "M1":
-        # What is written is then the weight that every later use of the adapter sees.
-        fold(model)
-    target = folder / "adapter"
-    with atomic_folder(target, overwrite=True) if is_main_process() else nullcontext(target) as place:
-        save_adapter(model, place)
-        if is_main_process():
-            trainer.processing_class.save_pretrained(place)
-    on_main(lambda: _check_adapter(target, len(trainable(model))))
-    logger.info("saved %s", target)
-    if base is not None:
-        with suppress(StopRequested):
-            return export(model, trainer.args, base, folder, agreement).out
-    return None
-
-
 def _measure(trainer: Trainer, stage: Stage, agreement: Agreement) -> None:
     """Have the sequence measure the model; a signal ends that within a forward pass."""
     if stage.measure is not None:
         with suppress(StopRequested), asking(trainer.model, agreement.stop_if_asked, trainer.args.device):
             stage.measure(trainer)
-
-
-def _check_adapter(folder: Path, trained: int) -> None:
-    with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as file:
-        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    empty = [key for key, shape in shapes.items() if 0 in shape]
-    if empty or len(shapes) < trained:
-        raise UserError(
-            f"{folder} holds {len(shapes)} tensors, {len(empty)} of them empty, for {trained} trained "
-            "parameters: the adapter was not saved whole"
-        )
 
 
 def _count(model: nn.Module) -> int:

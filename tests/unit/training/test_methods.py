@@ -18,8 +18,9 @@ from secura_ds.adapter import load_adapter
 from secura_ds.backbones import load_model
 from secura_ds.merge import merge
 from secura_ds.recipe import Recipe, load_recipe
-from secura_ds.training import build_model, train
+from secura_ds.training import build_model
 from secura_ds.training.model import trainable
+from secura_ds.training.run import Stage, train
 
 
 @pytest.fixture(scope="module")
@@ -121,19 +122,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def trained_logits(recipe: Recipe) -> Tensor:
     """Train, and take the logits of the model in memory as it was at the end."""
-    from secura_ds.training import run
-
     found: list[Tensor] = []
-    original = run._finish
-
-    def finish(trainer: run.Trainer, *more: object) -> object:
-        result = original(trainer, *more)  # type: ignore[arg-type]
-        found.append(logits(trainer.model))
-        return result
-
-    run._finish = finish  # type: ignore[assignment]
-    try:
-        train(recipe)
-    finally:
-        run._finish = original
+    train(recipe, stage=Stage(measure=lambda trainer: found.append(logits(trainer.model))))
     return found[0]
