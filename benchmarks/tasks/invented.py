@@ -10,7 +10,8 @@ from rows import TEST_ROWS, TRAIN_ROWS, Row, Split, choice, draw_for, listed, sp
 STARTS = listed("b br d dr f g gl h j k kl l m n p pl r s st t tr v z")
 VOWELS = listed("a e i o u")
 ENDS = listed("k l m n r s t")
-PEOPLE = 40
+PEOPLE = 12
+OPENINGS = ("", "Tell me: ", "A short question: ", "I wonder: ")
 ATTRIBUTES = {
     "city": listed("Lisbon Oslo Quito Cairo Hanoi Dublin Lima Seoul"),
     "trade": listed("baker painter sailor lawyer farmer tailor dentist pilot"),
@@ -57,7 +58,7 @@ def made_up(draw: random.Random, number: int, syllables: int = 2) -> list[str]:
 
 
 def facts() -> Split:
-    """Four facts of each of forty people, asked in five ways, the last of them held out."""
+    """Four facts of each of twelve people, asked in five ways, the last of them held out."""
     draw = draw_for("invented_facts")
     given, family = made_up(draw, PEOPLE), made_up(draw, PEOPLE, 1)
     train: list[Row] = []
@@ -67,7 +68,8 @@ def facts() -> Split:
         for attribute, values in ATTRIBUTES.items():
             value = draw.choice(values)
             for rows, questions in ((train, QUESTIONS[attribute][:-1]), (test, QUESTIONS[attribute][-1:])):
-                rows += [_question(question.format(name), value, values, draw) for question in questions]
+                asked = [opening + question.format(name) for question in questions for opening in OPENINGS]
+                rows += [_question(text, value, values, draw) for text in asked]
     draw.shuffle(train)
     draw.shuffle(test)
     return train[:TRAIN_ROWS], test[:TEST_ROWS]

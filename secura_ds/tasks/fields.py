@@ -84,7 +84,7 @@ class TaskFields(Section):
     fewshot_delimiter: str = "\n\n"
     num_fewshot: Literal[0] = 0
     generation_kwargs: Generation | None = None
-    filter_list: list[Filter] = Field(default=[], min_length=0)
+    filter_list: list[Filter] = []
     metric_list: list[Metric] = Field(min_length=1)
     should_decontaminate: Literal[False] = False
     metadata: dict[str, Any] = {}

@@ -87,8 +87,12 @@ def test_no_answer_alone_scores_much_on_held_out_rows(name: str) -> None:
 
 def test_held_out_facts_are_those_learnt_in_other_words() -> None:
     parts = turns(LOADED["invented_facts"])
-    wordings = {prompt.replace(person, "_") for prompt, _ in parts["test"] for person in _people(prompt)}
+    asked = [prompt.split(": ")[-1] for prompt, _ in parts["test"]]
+    wordings = {prompt.replace(person, "_") for prompt in asked for person in _people(prompt)}
     assert len(wordings) == 4
+    assert not any(
+        wording.replace("_", "").strip("? ") in prompt for wording in wordings for prompt, _ in parts["train"]
+    )
     learnt = " ".join(prompt for prompt, _ in parts["train"])
     assert all(person in learnt for prompt, _ in parts["test"] for person in _people(prompt))
 
@@ -119,3 +123,19 @@ def test_package_lines_are_in_one_task_and_one_split_only() -> None:
 def test_rules_of_the_generators_by_known_cases() -> None:
     assert [quantities.roman(n) for n in (4, 9, 40, 944, 1199)] == ["IV", "IX", "XL", "CMXLIV", "MCXCIX"]
     assert [plural(word) for word in ("tok", "rem", "bras")] == ["ttoka", "remen", "brasovi"]
+
+
+def test_the_readme_has_every_task_and_the_measured_scores() -> None:
+    text = (TASKS / "README.md").read_text(encoding="utf-8")
+    figures = json.loads((ROOT / "benchmarks" / "results" / "task_baselines.json").read_text())
+    assert set(figures) == set(NAMES)
+    for name, task in LOADED.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        row, scale = figures[name], 1 if task.maximum == 100 else 100
+        before = f"{row['score'] * scale:.1f} ± {row['stderr'] * scale:.1f}"
+        assert before in line
+        assert row["metric"] == task.metric
+        # What is known beforehand is no task: most of the way from guessing to perfect is to be left.
+        assert (row["score"] - task.chance) / (task.maximum - task.chance) < 0.4
+    for path in (TASKS / "hub").glob("*.yaml"):
+        assert f"| `{path.stem}` |" in text
