@@ -31,7 +31,7 @@ LONGEST_PASSAGE = 3_500
 _UNFIT = re.compile(
     r"nigg|injun|half-breed|gypsies|fuck|shit|\brap(e|ed|ing)\b|http|[][|=<>{}\\^]", re.IGNORECASE
 )
-"""Slurs, and the marks of tables, code, figures and editors."""
+"""Slurs and coarse words, addresses, and the marks of tables, code, figures and editors."""
 
 
 def passages(pieces: Sequence[Piece]) -> list[str]:
