@@ -6,13 +6,14 @@ A reader turns files into pieces (chapters, speeches, articles), each a list of 
 from __future__ import annotations
 
 import gzip
+import html
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from html.parser import HTMLParser
 
-from lxml import html
 from text_packages import AUSTEN, BROTLI, DEVIL, FACTBOOK, JARGON, LZ4, SPEECHES, SQLITE, Package
 
 Piece = list[str]
@@ -114,12 +115,38 @@ def read_factbook(found: dict[str, bytes]) -> list[Piece]:
     return pieces
 
 
+class _Paragraphs(HTMLParser):
+    """What stands in a page's paragraphs; the next block ends one whose end is not marked."""
+
+    BLOCK = re.compile(r"p|h\d|[uod]l|li|dt|dd|table|div|pre|blockquote|hr|script|style")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Piece = []
+        self._inside = False
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if self.BLOCK.fullmatch(tag):
+            self._inside = tag == "p"
+            if self._inside:
+                self.found.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.BLOCK.fullmatch(tag):
+            self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.found[-1] += data
+
+
 def read_articles(found: dict[str, bytes]) -> list[Piece]:
     """The paragraphs of web pages."""
     pieces = []
     for content in found.values():
-        page = html.document_fromstring(content.decode("utf-8"))
-        pieces.append([_line([paragraph.text_content()]) for paragraph in page.iter("p")])
+        page = _Paragraphs()
+        page.feed(content.decode("utf-8"))
+        pieces.append([_line([paragraph]) for paragraph in page.found])
     return pieces
 
 
@@ -154,7 +181,7 @@ def _line(lines: Sequence[str]) -> str:
 
 
 def _plain(markup: str) -> str:
-    return _line([html.fromstring(f"<div>{markup}</div>").text_content()])
+    return _line([html.unescape(re.sub(r"<[^>]*>", "", markup))])
 
 
 def _r_strings(data: bytes) -> list[str]:
