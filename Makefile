@@ -9,7 +9,7 @@ export PATH := $(BIN):$(PATH)
 # The quick start and the tests run on processors only, whatever the machine has.
 CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
 
-.PHONY: quickstart test compare setup lint types format schema clean
+.PHONY: quickstart test test-long compare setup lint types format schema clean
 
 quickstart: setup  ## train, merge, evaluate and report on the embedded model (10 minutes on 2 cores)
 	$(CPU) deepspeed --quiet --num_accelerators 2 launch/train.py $(RECIPE) --overwrite
@@ -25,10 +25,15 @@ compare: quickstart  ## the same with plain LoRA at as many trained parameters, 
 	$(CPU) python launch/evaluate.py $(RECIPE) $(LORA) --model $(RUN)-lora/merged --out $(RUN)-lora/evaluation.after.json
 	python launch/report.py $(RUN) $(RUN)-lora --out runs/comparison.html
 
-test: setup  ## every test (15 minutes on 2 cores); as root on Debian with a Slurm of its own
+test: setup  ## the tests (15 minutes on 2 cores); as root on Debian with a Slurm of its own
 	sh docker/slurm-packages
-	$(CPU) OMP_NUM_THREADS=1 python -m pytest tests/cluster tests/unit tests/integration --numprocesses 3 --dist loadfile
-	$(CPU) python -m pytest tests/distributed tests/gpu
+	$(CPU) OMP_NUM_THREADS=1 python -m pytest tests/cluster tests/unit tests/integration --numprocesses 3 --dist loadfile -m 'not long'
+	$(CPU) python -m pytest tests/distributed tests/gpu -m 'not long'
+
+test-long: setup  ## the rest of them: fuzzing, families, long sequences, ranks that die (15 minutes)
+	sh docker/slurm-packages
+	$(CPU) OMP_NUM_THREADS=1 python -m pytest tests/cluster tests/unit tests/integration --numprocesses 3 --dist loadfile -m long
+	$(CPU) python -m pytest tests/distributed -m long
 
 setup: .venv/.ready  ## make .venv with the pinned versions
 

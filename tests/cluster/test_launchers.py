@@ -7,8 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from training_toys import REPOSITORY, adapter, free_port, losses, quiet_environment, write_toy
+
+pytestmark = pytest.mark.long
 
 BIN = Path(sys.executable).parent
 TRAIN = str(REPOSITORY / "launch" / "train.py")

@@ -210,6 +210,7 @@ def test_a_sweep_runs_side_by_side_and_starts_again_so_often_only(cluster: Clust
     ]
 
 
+@pytest.mark.long
 def test_preempted_task_sequences_are_those_that_were_not(
     cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -17,6 +17,8 @@ from training_toys import free_port, quiet_environment
 from secura_ds.continual import run_sequences
 from secura_ds.recipe import load_sequence_recipe
 
+pytestmark = pytest.mark.long
+
 WORKER = Path(__file__).with_name("continual_worker.py")
 SECURA = {"method": "secura", "cur_rank": 7, "inner_rank": 9, "smagnorm": {"apply": "forward"}}
 ENTRIES = [

@@ -22,7 +22,7 @@ from dying_worker import SHORT_PATIENCE  # noqa: E402
 
 ENDLESS = ["training.deepspeed=zero3.json", "training.max_steps=100000", "training.save_steps=2"]
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")

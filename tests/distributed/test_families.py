@@ -28,6 +28,8 @@ from secura_ds.recipe import load_recipe
 from secura_ds.training import train
 from secura_ds.training.trainer import Trainer
 
+pytestmark = pytest.mark.long
+
 HERE = Path(__file__).resolve().parent
 NAMES = ["qwen2-1.5b", "gemma2-2b", "llama3-8b", "llama3.1-8b"]
 CASES: dict[str, tuple[str, list[str]]] = {

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from training_toys import free_port, quiet_environment
 
+pytestmark = pytest.mark.long
+
 WORKER = Path(__file__).resolve().parent / "meeting_worker.py"
 PATIENCE = 3.0
 

@@ -18,6 +18,8 @@ from training_toys import losses, quiet_environment, write_toy
 from secura_ds.recipe import load_recipe
 from secura_ds.training import train
 
+pytestmark = pytest.mark.long
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 

@@ -16,6 +16,8 @@ sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import plan_accuracy  # noqa: E402
 from plan_accuracy import measure  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 COMMON = [
     "backbone.dtype=bfloat16",
     "training.max_steps=3",

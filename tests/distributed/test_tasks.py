@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from evaluation_toys import byte_tokenizer, toy_model
 from task_toys import CHOICE, GENERATION, write_rows, write_task
 from training_toys import free_port
@@ -15,6 +16,8 @@ from training_toys import free_port
 from secura_ds.data import render_prompt
 from secura_ds.evaluation.task import generate
 from secura_ds.tasks import load_tasks, score_tasks
+
+pytestmark = pytest.mark.long
 
 WORKER = Path(__file__).parent / "tasks_worker.py"
 

@@ -16,6 +16,8 @@ from training_toys import REPOSITORY, launch, quiet_environment, write_toy
 from secura_ds.errors import run_command
 from secura_ds.plan import Plan
 
+pytestmark = pytest.mark.long
+
 RECIPES = REPOSITORY / "recipes"
 
 

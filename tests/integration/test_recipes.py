@@ -20,7 +20,9 @@ from secura_ds.sharding import is_quantized
 from secura_ds.training.model import build_model
 
 FILES = sorted(
-    path for path in RECIPES.rglob("*.json") if "backbone" in json.loads(path.read_text(encoding="utf-8"))
+    path
+    for path in RECIPES.rglob("*.json")
+    if {"backbone", "adapter"} <= json.loads(path.read_text(encoding="utf-8")).keys()
 )
 
 

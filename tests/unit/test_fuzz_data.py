@@ -24,6 +24,8 @@ from secura_ds.data import build_datasets
 from secura_ds.errors import UserError
 from secura_ds.recipe import Recipe, load_recipe
 
+pytestmark = pytest.mark.long
+
 ran: Counter[str] = Counter()
 valid: Counter[str] = Counter()
 TOKENIZER = toy_tokenizer()

@@ -23,6 +23,8 @@ from secura_ds.recipe import BackboneRecipe, Recipe, load_recipe
 from secura_ds.training import preflight
 from secura_ds.training.arguments import make_arguments
 
+pytestmark = pytest.mark.long
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(
     str(path.relative_to(RECIPES))

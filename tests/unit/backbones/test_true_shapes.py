@@ -27,7 +27,9 @@ from secura_ds.errors import UserError
 from secura_ds.recipe import Recipe, SecuraAdapter, load_recipe
 
 FILES = sorted(
-    path for path in RECIPES.rglob("*.json") if "backbone" in json.loads(path.read_text(encoding="utf-8"))
+    path
+    for path in RECIPES.rglob("*.json")
+    if {"backbone", "adapter"} <= json.loads(path.read_text(encoding="utf-8")).keys()
 )
 IDS = [str(path.relative_to(RECIPES)) for path in FILES]
 

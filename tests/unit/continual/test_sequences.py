@@ -153,6 +153,7 @@ class Interruption:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["er", "ewc", "i-lora", "folded"])
 def test_an_interrupted_sequence_is_the_uninterrupted_one(
     name: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
