@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationInfo
+
+from secura_ds.errors import redacted
 
 # Type of an error between sections: its message says where, the location is too coarse to show.
 RULE = "rule"
@@ -45,3 +48,26 @@ class Section(BaseModel):
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True,
         validate_default=True,
     )  # fmt: skip
+
+
+class Document(Section):
+    """A whole recipe: one file, and the folder it lies in."""
+
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the recipe's file."""
+        return self._folder
+
+    def resolve_path(self, path: str) -> Path:
+        """A path of the recipe as an absolute one: from the recipe's folder, else from the current folder."""
+        return find_path(path, self._folder) or (self._folder / path).resolve()
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, defaults and absolute paths included; loads again as a recipe. JSON-able.
+
+        Credentials in URLs, in the description say, are redacted: this is what a run writes down.
+        """
+        settings = self.model_dump(mode="json", exclude={"schema_"})
+        return dict(json.loads(redacted(json.dumps(settings))))

@@ -6,23 +6,31 @@ field validators that look at the fields before them, so that one load reports e
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from secura_ds.embedded import EMBEDDED
-from secura_ds.errors import redacted
 from secura_ds.recipe.adapter import (
     Adapter,
     AnyMethod,
     FullTraining,
 )
-from secura_ds.recipe.base import RULE, File, Fraction, PositiveFloat, PositiveInt, Section, Seed, find_path
+from secura_ds.recipe.base import (
+    RULE,
+    Document,
+    File,
+    Fraction,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Seed,
+    find_path,
+)
 from secura_ds.recipe.rules import refuse_4_bit, refuse_rounded_masters
 
 _HUB_ID = r"[\w-][\w.-]*(/[\w.-]+)?"
@@ -264,7 +272,7 @@ class EvaluationRecipe(Section):
     """Sequences per forward pass."""
 
 
-class Recipe(Section):
+class Recipe(Document):
     """A training run of secura_ds: backbone, adapter, data, training and evaluation."""
 
     schema_: Annotated[str | None, Field(alias="$schema")] = None
@@ -278,8 +286,6 @@ class Recipe(Section):
     data: DataRecipe
     training: TrainingRecipe
     evaluation: EvaluationRecipe = EvaluationRecipe()
-
-    _folder: Path = PrivateAttr(default_factory=Path.cwd)
 
     @field_validator("adapter")
     @classmethod
@@ -315,25 +321,3 @@ class Recipe(Section):
                 "add data.validation_fraction",
             )
         return value
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the recipe's file."""
-        return self._folder
-
-    def resolve_path(self, path: str) -> Path:
-        """A path of the recipe as an absolute one: from the recipe's folder, else from the current folder."""
-        return find_path(path, self._folder) or (self._folder / path).resolve()
-
-    def resolved(self) -> dict[str, Any]:
-        """Every setting, defaults and absolute paths included; loads again as a recipe. JSON-able.
-
-        Credentials in URLs, in the description say, are redacted: this is what a run writes down.
-        """
-        return settings_of(self)
-
-
-def settings_of(recipe: Section) -> dict[str, Any]:
-    """All values of a recipe, without the schema's path and with credentials redacted. JSON-able."""
-    settings = recipe.model_dump(mode="json", exclude={"schema_"})
-    return dict(json.loads(redacted(json.dumps(settings))))

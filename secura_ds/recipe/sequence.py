@@ -6,18 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from secura_ds.recipe.adapter import AnyMethod, CabrSettings
-from secura_ds.recipe.base import RULE, PositiveFloat, PositiveInt, Section, Seed, find_path
+from secura_ds.recipe.base import RULE, Document, PositiveFloat, PositiveInt, Section, Seed
 from secura_ds.recipe.rules import refuse_4_bit, refuse_rounded_masters
 from secura_ds.recipe.schema import (
     BackboneRecipe,
     OutputFolder,
     Probe,
     StageTraining,
-    settings_of,
 )
 
 
@@ -144,7 +143,7 @@ class SequenceEvaluation(Section):
         return value
 
 
-class SequenceRecipe(Section):
+class SequenceRecipe(Document):
     """Task sequences of secura_ds: backbone, tasks, methods, training and evaluation."""
 
     schema_: Annotated[str | None, Field(alias="$schema")] = None
@@ -169,8 +168,6 @@ class SequenceRecipe(Section):
     data: SequenceData = SequenceData()
     training: StageTraining
     evaluation: SequenceEvaluation = SequenceEvaluation()
-
-    _folder: Path = PrivateAttr(default_factory=Path.cwd)
 
     @field_validator("orders")
     @classmethod
@@ -215,19 +212,6 @@ class SequenceRecipe(Section):
                 "those that are replayed: set it false",
             )
         return value
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the recipe's file."""
-        return self._folder
-
-    def resolve_path(self, path: str) -> Path:
-        """A path of the recipe as an absolute one: from the recipe's folder, else from the current folder."""
-        return find_path(path, self._folder) or (self._folder / path).resolve()
-
-    def resolved(self) -> dict[str, Any]:
-        """Every setting, defaults and absolute paths included; loads again as a recipe. JSON-able."""
-        return settings_of(self)
 
     def sequences(self) -> Iterator[Sequence]:
         """Every sequence: entries, and within each its learning rates, orders and seeds."""
