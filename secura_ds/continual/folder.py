@@ -56,17 +56,17 @@ def open_folder(recipe: SequenceRecipe, folder: Path, *, overwrite: bool) -> Non
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    for place in (folder, folder / "tasks"):
-        remove_left_overs_but_parts(place)
+    _remove_left_overs(folder)
     atomic_write_json(folder / RECIPE, recipe.resolved())
     atomic_write_json(folder / "environment.json", environment.describe_environment())
 
 
-def remove_left_overs_but_parts(folder: Path) -> None:
+def _remove_left_overs(folder: Path) -> None:
     """Delete what killed writes left, but not the parts of a measurement that goes on."""
-    for left_over in folder.glob(".*.partial"):
-        if not left_over.name.endswith(".json.partial"):
-            left_over.unlink()
+    for place in (folder, folder / "tasks", *folder.glob("sequences/*/*")):
+        for left_over in place.glob(".*.partial"):
+            if left_over.is_file() and not left_over.name.endswith(".json.partial"):
+                left_over.unlink()
 
 
 def _check_same_recipe(earlier: Path, settings: dict[str, Any]) -> None:

@@ -98,6 +98,7 @@ def _measure_backbone(
     try:
         with signals.watched(), asking(model, signals.stop_if_asked, device):
             measure(model, tokenizer, recipe, tasks, folder, out)
+            signals.stop_if_asked(device)  # after the last forward, before the first task
     except StopRequested as request:
         return request.signal
     finally:
@@ -136,13 +137,14 @@ def _run_sequence(
         summary = train(stage_recipe(recipe, sequence, number, folder), resume=begun, stage=stage)
         if summary.signal is not None:
             return summary.signal
-        on_main(partial(_tidy, places, number))
+        on_main(partial(_tidy, places[:number]))
         on_main(lambda: write_results(recipe, tasks, folder))
+    on_main(partial(_tidy, places))
     return None
 
 
-def _tidy(places: Sequences[StagePlaces], number: int) -> None:
-    """Delete the checkpoints that no later task begins with: adapters stay."""
-    for place in places[:number] if number < len(places) - 1 else places:
+def _tidy(places: Sequences[StagePlaces]) -> None:
+    """Delete checkpoints that no later task begins with: adapters stay."""
+    for place in places:
         if (checkpoints := place.run / "checkpoints").is_dir():
             remove_folder(checkpoints)

@@ -146,13 +146,9 @@ def _rows(
 def carry_on(recipe: SequenceRecipe, sequence: Sequence, number: int, folder: Path, trainer: Trainer) -> None:
     """Write down what the strategy needs of this task for those after it. Collective."""
     settings, strategy = sequence.entry.strategy, trainer.strategy
-    last = number == len(sequence.order) - 1
-    if (
-        last
-        or not isinstance(settings, ElasticWeights)
-        or not isinstance(strategy, strategies.ElasticWeights)
-    ):
+    if number == len(sequence.order) - 1 or not isinstance(settings, ElasticWeights):
         return
+    assert isinstance(strategy, strategies.ElasticWeights)
     path = stage_places(folder, sequence, number).anchors
     if on_main(path.is_file):
         return

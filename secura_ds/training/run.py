@@ -315,6 +315,7 @@ def _measure(trainer: Trainer, stage: Stage, agreement: Agreement) -> None:
     if stage.measure is not None:
         with suppress(StopRequested), asking(trainer.model, agreement.stop_if_asked, trainer.args.device):
             stage.measure(trainer)
+            agreement.stop_if_asked(trainer.args.device)  # after the last forward, before the next task
 
 
 def _count(model: nn.Module) -> int:

@@ -80,7 +80,7 @@ class InterpolatedLora(Strategy):
         if self.replay is None:
             return compute()
         # Every rank takes both forwards, as ZeRO-3 needs it; one without replayed rows counts nothing.
-        chosen = inputs[REPLAYED] if bool(inputs[REPLAYED].any()) else torch.zeros_like(inputs[REPLAYED])
+        chosen = inputs[REPLAYED]
         with _hidden_states(trainer) as seen:
             with self._in_place(), torch.no_grad():
                 rows = chosen if bool(chosen.any()) else slice(0, 1)
@@ -88,9 +88,8 @@ class InterpolatedLora(Strategy):
                 model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
             loss = compute()
         remembered, working = seen
-        distance = consistency(
-            working[chosen], remembered[: int(chosen.sum())], inputs["attention_mask"][chosen]
-        )
+        counted = inputs["attention_mask"][chosen]
+        distance = consistency(working[chosen], remembered[: len(counted)], counted)
         # A mean over the step's replayed examples: passes add up, ranks average.
         share = trainer.accelerator.num_processes / self.replay.per_step
         return loss + self.weight * share * distance

@@ -180,6 +180,39 @@ def test_an_interrupted_sequence_is_the_uninterrupted_one(
         assert losses(stages[0]) == losses(stages[1])
 
 
+@pytest.mark.parametrize("written", [1, 2, 3])
+def test_a_signal_after_the_last_forward_of_a_measurement_is_not_lost(
+    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the backbone's measurement, the first task's and the last one's; nothing is measured twice."""
+    recipe = load(tmp_path, entries=[entry("seq")], tasks=["sums", "sizes"])
+    write, files = measuring.atomic_write_json, []
+
+    def told_to_end(path: Path, document: Any) -> None:
+        write(path, document)
+        files.append(path.name)
+        if len(files) == written:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(measuring, "atomic_write_json", told_to_end)
+    assert run_sequences(recipe).signal == signal.SIGTERM
+    assert len(files) == written
+    assert run_sequences(recipe, resume=True) == SequencesSummary(planned=1, finished=1, diverged=0)
+    assert files == ["before.json", "01-sums.json", "02-sizes.json"]
+    assert results(tmp_path)["status"] == "finished"
+    assert not list((tmp_path / "results").glob("sequences/*/stages/*/checkpoints"))
+
+
+def test_what_a_killed_write_left_is_removed(whole: Path) -> None:
+    left = whole / "results/sequences/seq-lr0.01-order1-seed0/scores/.01-sums.json.abc.partial"
+    kept = left.with_name(".01-sums.json.partial")
+    left.touch()
+    kept.touch()
+    run_sequences(load(whole), resume=True)
+    assert not left.exists()
+    assert kept.exists() and not kept.unlink()
+
+
 def test_a_finished_recipe_may_gain_entries_rates_orders_and_seeds(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "more")
     more = tmp_path / "more"
