@@ -12,6 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from secura_ds.adapter import SecuraConfig
 from secura_ds.calibration import calibrate
 
+EXAMPLES = [
+    {
+        "input_ids": [(7 * i + 3 * j) % 250 for j in range(12 + i % 5)],
+        "labels": [-100] * 6 + [(7 * i + 3 * j) % 250 for j in range(6, 12 + i % 5)],
+    }
+    for i in range(40)
+]
+"""Rows to learn, of 12 to 16 tokens, half of them prompt."""
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
@@ -53,7 +62,7 @@ def calibrate_all_modes(model: LlamaForCausalLM, folder: Path) -> dict[str, Tens
     """Factors of every mode and the text, under flat names; the first mode lets the model write the text."""
     result: dict[str, Tensor] = {}
     saved = None
-    for mode in ("null", "rows", "project", "whiten"):
+    for mode in ("null", "rows", "project", "whiten", "contrast"):
         config = SecuraConfig(
             cur_rank=8,
             inner_rank=12,
@@ -62,11 +71,18 @@ def calibrate_all_modes(model: LlamaForCausalLM, folder: Path) -> dict[str, Tens
             calibration={"mode": mode, "num_tokens": 500},
         )
         made = calibrate(
-            model, toy_tokenizer(), config, text_path=saved, progress=False, memory_limit=300_000
+            model,
+            toy_tokenizer(),
+            config,
+            text_path=saved,
+            examples=EXAMPLES,
+            progress=False,
+            memory_limit=300_000,
         )
         if saved is None:
             saved = folder / "calibration.jsonl"
             made.save(saved)
             result["token_ids"] = made.token_ids
         result |= {f"{mode}.{name}": R for name, R in made.factors.items()}
+        result |= {f"{mode}.{name}.C": C for name, C in made.outputs.items()}
     return result

@@ -24,12 +24,12 @@ class AdapterType(str, enum.Enum):  # noqa: UP042 - a str enum like PEFT's own, 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "selection": ("least", "sampled", "calibrated"),
-    "init": ("block", "orthogonal", "identity"),
+    "init": ("block", "orthogonal", "orthonormal", "identity"),
     "strategy": ("M2", "M1"),
 }
 _APPLY = ("merge", "forward", "never")
 _FORMS = ("update", "average")
-_MODES = ("null", "rows", "project", "whiten")
+_MODES = ("null", "rows", "project", "whiten", "contrast")
 
 _SMAGNORM: dict[str, Any] = {"apply": "merge", "form": "update", "steepness": 6.0, "eps": 1e-10}
 _CALIBRATION: dict[str, Any] = {"mode": "null", "text": None, "num_tokens": 7680, "energy": 0.9, "seed": 0}
@@ -49,7 +49,10 @@ class SecuraConfig(PeftConfig):
     selection: str = field(default="least", metadata={"help": "'least', 'sampled' or 'calibrated'"})
     init: str = field(
         default="block",
-        metadata={"help": "A: 'block' (W[:r, :m]) or 'orthogonal' to start from, or the frozen 'identity'"},
+        metadata={
+            "help": "A: 'block' (W[:r, :m]), 'orthogonal' (of the block's size) or 'orthonormal' to start "
+            "from, or the frozen 'identity'"
+        },
     )
     strategy: str = field(
         default="M2", metadata={"help": "fold into U ('M2') or into the base weight ('M1')"}
@@ -119,6 +122,11 @@ class SecuraConfig(PeftConfig):
             raise UserError(
                 "layers_pattern is set without layers_to_transform, so it has no effect: set both"
             )
+
+    @property
+    def contrasts(self) -> bool:
+        """Whether C, too, comes from calibration, which then looks at the task as well."""
+        return self.selection == "calibrated" and self.calibration["mode"] == "contrast"
 
     @property
     def apply(self) -> str:

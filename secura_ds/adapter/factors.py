@@ -16,7 +16,8 @@ from secura_ds.method import cabr, cur
 class Factors(NamedTuple):
     """C (out, r) and R (r, in) in the layer's compute dtype, A (r, m) in fp32, row and column indices (r,).
 
-    The row indices are -1 where R is not made of rows of W.
+    The row indices are -1 where R is not made of rows of W. Where C is not made of columns of W, `sample`
+    (out, 1) is the first of the columns, by which a saved adapter knows its weight again.
     """
 
     C: Tensor
@@ -24,6 +25,7 @@ class Factors(NamedTuple):
     A: Tensor
     rows: Tensor
     columns: Tensor
+    sample: Tensor | None = None
 
 
 def choose_factors(
@@ -52,7 +54,20 @@ def choose_factors(
         R, rows = _calibrated(base, layer_name, cur_rank).to(weight), torch.full_like(rows, -1)
     else:
         R = weight[rows].clone()
-    return Factors(weight[:, columns].contiguous(), R, A, rows, columns)
+    C = weight[:, columns].contiguous()
+    if config.contrasts:
+        return Factors(_output(base, layer_name, cur_rank).to(weight), R, A, rows, columns, C[:, :1].clone())
+    return Factors(C, R, A, rows, columns)
+
+
+def _output(base: nn.Module, layer_name: str, cur_rank: int) -> Tensor:
+    factor = getattr(base, "secura_output", None)
+    if factor is None or tuple(factor.shape) != (base.out_features, cur_rank):
+        raise UserError(
+            f"calibration.mode is 'contrast', but {layer_name} was not calibrated with it: call "
+            "secura_ds.calibrate(model, tokenizer, config, examples=...) with the same configuration"
+        )
+    return factor.detach()
 
 
 def _calibrated(base: nn.Module, layer_name: str, cur_rank: int) -> Tensor:
@@ -84,6 +99,7 @@ def empty_factors(
         torch.eye(cur_rank, device=device) if identity else torch.zeros(cur_rank, inner_rank, device=device),
         indices,
         indices.clone(),
+        torch.zeros(base.out_features, 1, dtype=dtype, device=device) if config.contrasts else None,
     )
 
 
@@ -100,5 +116,5 @@ def check_ranks(
     if config.init == "block" and inner_rank > base.in_features:
         raise UserError(
             f"inner_rank is {inner_rank}, but {layer_name} is {shape}: at most {base.in_features} for init "
-            "'block'; lower it, set inner_rank_pattern for this layer, or use init 'orthogonal'"
+            "'block'; lower it, set inner_rank_pattern for this layer, or use init 'orthonormal'"
         )

@@ -1,7 +1,8 @@
 """The adapter layer: a frozen linear layer with an update D = s C (U + A B) R (method.md).
 
 Per adapter name it holds A (r, m) and B (m, r), trained (A not for init "identity"); C (out, r), R (r, in),
-U (r, r) and the indices of the chosen rows and columns, frozen and saved with the adapter.
+U (r, r) and the indices of the chosen rows and columns, frozen and saved with the adapter; and where C is not
+made of columns of W, one of them (out, 1), as a sample of the weight.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class SecuraLayer(BaseTunerLayer):
     """State of the adapters on one linear layer."""
 
     adapter_layer_names = ("secura_A", "secura_B")
-    other_param_names = ("secura_C", "secura_R", "secura_U", "secura_rows", "secura_columns")
+    other_param_names = ("secura_C", "secura_R", "secura_U", "secura_rows", "secura_columns", "secura_sample")
 
     def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
         self.base_layer = base_layer
@@ -54,6 +55,7 @@ class SecuraLayer(BaseTunerLayer):
         self.secura_U = Fp32BufferDict(persistent=True)
         self.secura_rows = BufferDict(persistent=True)
         self.secura_columns = BufferDict(persistent=True)
+        self.secura_sample = BufferDict(persistent=True)
         self.configs: dict[str, SecuraConfig] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
@@ -108,6 +110,8 @@ class SecuraLayer(BaseTunerLayer):
         self.secura_U[adapter_name] = torch.zeros(rank, rank, dtype=torch.float32, device=factors.C.device)
         self.secura_rows[adapter_name] = factors.rows
         self.secura_columns[adapter_name] = factors.columns
+        if factors.sample is not None:
+            self.secura_sample[adapter_name] = factors.sample
 
     def core(self, adapter_name: str) -> Tensor:
         """U + A B (r, r) in fp32, differentiable in A and B."""
@@ -123,6 +127,11 @@ class SecuraLayer(BaseTunerLayer):
         eps = self.known_eps(adapter_name) if weight is None else None
         weight = self.get_base_layer().weight if weight is None else weight
         return sharding.SliceUpdate(weight, C, core, R, config.scaling, config.restraint, eps)
+
+    def piece(self, adapter_name: str) -> Tensor:
+        """The first columns of W at `secura_columns`, (out, r) or (out, 1): what the weight was."""
+        samples = self.secura_sample
+        return samples[adapter_name] if adapter_name in samples else self.secura_C[adapter_name]
 
     def forget(self) -> None:
         """Drop what was derived from the base weight, after it was changed."""

@@ -24,10 +24,14 @@ TOLERANCE = 0.01
 TOLERANCE_REQUANTIZED = 0.9
 
 
-def fingerprint_error(weight: Tensor, C: Tensor, columns: Tensor) -> float:
-    """||W[:, columns] - C|| / ||C||: how far a weight (out, in) is from the one the adapter was made on."""
-    expected = C.to(weight.device, torch.float32)
-    found = weight[:, columns.to(weight.device)].float()
+def fingerprint_error(weight: Tensor, piece: Tensor, columns: Tensor) -> float:
+    """||W[:, columns] - piece|| / ||piece||: how far W (out, in) is from the one the adapter was made on.
+
+    Args:
+        piece: the adapter's columns of W, (out, n): C, or a sample; of `columns` the first n.
+    """
+    expected = piece.to(weight.device, torch.float32)
+    found = weight[:, columns[: piece.shape[1]].to(weight.device)].float()
     norm = torch.linalg.vector_norm(expected)
     return float(torch.linalg.vector_norm(found - expected) / norm) if norm > 0 else float("inf")
 
@@ -42,7 +46,8 @@ def refuse_foreign_base(
     """
     for name, layer in layers.items():
         C, columns = _saved(state_dict, name, "C"), _saved(state_dict, name, "columns")
-        if C is None or columns is None:
+        piece = _saved(state_dict, name, "sample") if config.contrasts else C
+        if C is None or columns is None or piece is None:
             raise UserError(
                 f"the adapter holds no factors for {name}: it is incomplete or made for another model"
             )
@@ -55,10 +60,11 @@ def refuse_foreign_base(
             )
         quantized_alike = sharding.is_quantized(base) == bool(config.base_quantization)
         tolerance = TOLERANCE if quantized_alike else TOLERANCE_REQUANTIZED
-        error = fingerprint_error(sharding.dequantized(base), C, columns)
+        error = fingerprint_error(sharding.dequantized(base), piece, columns)
         if not error <= tolerance:
+            part = "columns" if config.contrasts else "factor C"
             raise UserError(
-                _message(name, f"its weight differs from the adapter's factor C by {error:.3g} of its norm")
+                _message(name, f"its weight differs from the adapter's {part} by {error:.3g} of its norm")
             )
 
 

@@ -1,4 +1,4 @@
-"""`calibrate`: from a frozen model to the factor R of each layer to be adapted (method.md section 7)."""
+"""`calibrate`: from a frozen model to the factors of each layer to be adapted (method.md section 7)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from secura_ds import sharding
 from secura_ds.adapter.config import SecuraConfig, by_layer
 from secura_ds.adapter.factors import check_ranks
 from secura_ds.adapter.model import SecuraModel
+from secura_ds.calibration.contrast import contrast_factors
 from secura_ds.calibration.moments import (
     FORWARD_BATCH,
     InputGroup,
@@ -27,6 +28,7 @@ from secura_ds.calibration.moments import (
     within_memory,
 )
 from secura_ds.calibration.ranks import broadcast, raise_together, rank_and_world, turns
+from secura_ds.calibration.sensitivity import Batch, decoder_blocks, example_batches, text_batches
 from secura_ds.calibration.text import Calibration, generate, read_tokens
 from secura_ds.errors import UserError
 from secura_ds.method import calibrated
@@ -40,10 +42,11 @@ def calibrate(
     config: SecuraConfig,
     *,
     text_path: Path | None = None,
+    examples: Sequence[Mapping[str, Any]] | None = None,
     progress: bool = True,
     memory_limit: int = MEMORY_LIMIT,
 ) -> Calibration:
-    """Compute R for every layer that `config` targets and leave it there for the adapter to be created.
+    """Compute R, and C in mode "contrast", of every layer that `config` targets, for the adapter to find.
 
     Works on plain, 4-bit and ZeRO-3 partitioned models, before adapters are put in. Collective: every rank
     calls it, they share the work, and all get the same factors.
@@ -52,13 +55,16 @@ def calibrate(
         model: a transformers causal language model.
         text_path: text to calibrate on (JSON lines or plain) instead of `config.calibration["text"]`; with
             neither the model writes it.
+        examples: rows of `input_ids` and `labels`, as training takes them, for mode "contrast": the first
+            `config.calibration["num_tokens"]` tokens of them are looked at.
         progress: show progress bars, on rank 0.
         memory_limit: bytes that second moments may take, with more passes over the text to keep to it, and
             bytes of a sharded model's weights that stay whole while it writes the text.
 
     Raises:
         UserError: nothing is targeted, a rank is too large for a layer, a layer's inputs are zero
-            or not finite, or the given text cannot be used. The message names the layer or file.
+            or not finite, the given text cannot be used, or mode "contrast" has no examples. The message
+            names the layer or file.
     """
     if config.selection != "calibrated":
         raise UserError(
@@ -66,10 +72,13 @@ def calibrate(
         )
     layers = target_layers(model, config)
     settings = config.calibration
+    contrasts = settings["mode"] == "contrast"
+    task = _task(model, examples, settings["num_tokens"]) if contrasts else []
     source = text_path or settings["text"]
     sharding.keep_exact(model)
     show = progress and rank_and_world()[0] == 0
     factors: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
     with frozen(model), sharding.gathered_forward(model, keep_bytes=memory_limit):
         if source is not None:
             token_ids = read_tokens(Path(source), tokenizer, settings["num_tokens"])
@@ -78,18 +87,54 @@ def calibrate(
     # Passes over the text are few: nothing stays whole between them, nor while factors are computed.
     with frozen(model), sharding.gathered_forward(model):
         body, ids = _body(model, layers), token_ids.to(model.device)
-        runs = list(within_memory(input_groups(body, layers, ids), memory_limit))
-        num_forwards = len(turns(len(ids.split(FORWARD_BATCH))))
-        total = num_forwards * len(runs) + len(layers)
-        with tqdm(total=total, desc="calibration: factors", disable=not show) as bar:
-            for groups in runs:
-                owner = owners(groups)
-                moments = second_moments(body, groups, owner, ids, bar)
-                factors |= _solve(layers, groups, owner, moments, config, bar)
+        groups = input_groups(body, layers, ids)
+    if contrasts:
+        with frozen(model):
+            factors, outputs = contrast_factors(
+                model, layers, groups, text_batches(ids), task, config, memory_limit=memory_limit, show=show
+            )
+    else:
+        with frozen(model), sharding.gathered_forward(model):
+            factors = _input_factors(body, layers, groups, ids, config, memory_limit, show)
     for name, R in factors.items():
         layers[name].secura_factor = R
+    for name, C in outputs.items():
+        layers[name].secura_output = C
     texts = [tokenizer.decode(row) for row in token_ids.tolist()]
-    return Calibration({name: factors[name] for name in layers}, texts, token_ids)
+    return Calibration({name: factors[name] for name in layers}, texts, token_ids, outputs)
+
+
+def _task(model: Any, examples: Sequence[Mapping[str, Any]] | None, num_tokens: int) -> list[Batch]:
+    if examples is None:
+        raise UserError(
+            "calibration.mode is 'contrast', which looks at the task, too: give calibrate the training "
+            "examples, or use another mode"
+        )
+    decoder_blocks(model)
+    batches = example_batches(examples, num_tokens)
+    return [Batch(*(part.to(model.device) for part in batch)) for batch in batches]
+
+
+def _input_factors(
+    body: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    groups: Sequence[InputGroup],
+    ids: Tensor,
+    config: SecuraConfig,
+    memory_limit: int,
+    show: bool,
+) -> dict[str, Tensor]:
+    """R of every layer from the second moments of inputs alone, on CPU."""
+    factors: dict[str, Tensor] = {}
+    runs = list(within_memory(groups, memory_limit, lambda group: [group.leader.in_features]))
+    num_forwards = len(turns(len(ids.split(FORWARD_BATCH))))
+    total = num_forwards * len(runs) + len(layers)
+    with tqdm(total=total, desc="calibration: factors", disable=not show) as bar:
+        for run in runs:
+            owner = owners(run)
+            moments = second_moments(body, run, owner, ids, bar)
+            factors |= _solve(layers, run, owner, moments, config, bar)
+    return factors
 
 
 def target_layers(model: Any, config: SecuraConfig) -> dict[str, nn.Linear]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,12 +59,18 @@ def input_groups(body: nn.Module, layers: Mapping[str, nn.Linear], token_ids: Te
     return groups
 
 
-def within_memory(groups: Sequence[InputGroup], memory_limit: int) -> Iterator[list[InputGroup]]:
-    """Cut `groups` into runs whose moments (in, in), in double, fit `memory_limit` bytes; one at least."""
+def within_memory(
+    groups: Sequence[InputGroup], memory_limit: int, widths: Callable[[InputGroup], Sequence[int]]
+) -> Iterator[list[InputGroup]]:
+    """Cut `groups` into runs whose moments, in double, fit `memory_limit` bytes; one at least.
+
+    Args:
+        widths: of the moments of a group, each (width, width).
+    """
     run: list[InputGroup] = []
     held = 0
     for group in groups:
-        size = 8 * group.leader.in_features**2
+        size = sum(8 * width**2 for width in widths(group))
         if run and held + size > memory_limit:
             yield run
             run, held = [], 0
@@ -97,11 +103,7 @@ def second_moments(
 
     def add(total: Tensor, x: Tensor) -> None:
         if counting:
-            with torch.autocast(x.device.type, enabled=False):
-                flat = x.detach().flatten(0, -2).float()
-                for start in range(0, flat.shape[1], _PANEL):
-                    panel = flat[:, start : start + _PANEL]
-                    total[start : start + _PANEL, start:] += panel.T @ flat[:, start:]
+            add_products(total, x)
 
     handles = [
         group.leader.register_forward_pre_hook(lambda _, inputs, total=total: add(total, inputs[0]))
@@ -118,12 +120,21 @@ def second_moments(
     moments: list[Tensor | None] = []
     for i, total in enumerate(sums):
         sum_to(total, owner[i])
-        moments.append(_symmetric(total, token_ids.numel()) if owner[i] == rank else None)
+        moments.append(symmetric(total, token_ids.numel()) if owner[i] == rank else None)
         sums[i] = torch.empty(0)
     return moments
 
 
-def _symmetric(upper: Tensor, count: int) -> Tensor:
+def add_products(total: Tensor, x: Tensor) -> None:
+    """Add x^T x of x (..., n) to the upper half of `total` (n, n), products in fp32."""
+    with torch.autocast(x.device.type, enabled=False):
+        flat = x.detach().flatten(0, -2).float()
+        for start in range(0, flat.shape[1], _PANEL):
+            panel = flat[:, start : start + _PANEL]
+            total[start : start + _PANEL, start:] += panel.T @ flat[:, start:]
+
+
+def symmetric(upper: Tensor, count: int) -> Tensor:
     """The whole S (in, in) in fp32 from the sum over `count` tokens of its upper half."""
     moment = upper.div_(count).float().triu_()
     return moment.add_(moment.triu(1).T)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ _MARK = "CONTENT"
 class Calibration:
     """What calibration made: R (r, in) fp32 on CPU by layer name, and the text behind it.
 
-    `token_ids` is (sequences, length) int64 on CPU; `texts` is the same, decoded.
+    `outputs` holds C (out, r) alike, in mode "contrast" only. `token_ids` is (sequences, length) int64 on
+    CPU; `texts` is the same, decoded.
     """
 
     factors: dict[str, Tensor]
     texts: list[str]
     token_ids: Tensor
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write the text as JSON lines of `text` and `token_ids`, to be used again as `calibration.text`."""

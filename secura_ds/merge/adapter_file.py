@@ -21,7 +21,7 @@ Parts = dict[str, StoredTensor]
 
 _PREFIX = "base_model.model."
 _PART = re.compile(
-    r"(?P<module>.+)\.(?:secura_(?P<secura>[A-Z]|rows|columns)|lora_(?P<lora>A|B|magnitude_vector)(?:\.weight)?"
+    r"(?P<module>.+)\.(?:secura_(?P<secura>[A-Z]|rows|columns|sample)|lora_(?P<lora>A|B|magnitude_vector)(?:\.weight)?"
     r"|osf_svd_params\.(?P<osf>[USV]_low)|_osf_(?P<start>[USV]_low)_init)"
 )
 

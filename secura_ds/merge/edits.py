@@ -121,6 +121,7 @@ def _shapes(kind: str, parts: Parts, num_rows: int, num_columns: int) -> dict[st
         "R": (rank, num_columns),
         "U": (rank, rank),
         "columns": (rank,),
+        "sample": (num_rows, 1),
         "W": (num_rows, num_columns),
     }
 
@@ -164,7 +165,7 @@ def _secura(
         trained = W
         if quantization is not None:
             trained = quantization.round_trip(W if onto == "trained" else W.clone())
-        _require_columns(parts, C, trained, exact=quantization is None)
+        _require_columns(parts, trained, exact=quantization is None)
         del trained
         if "W" in parts:
             W = _read(parts["W"]).to(W.dtype)
@@ -174,22 +175,24 @@ def _secura(
     return W
 
 
-def _require_columns(parts: Parts, C: Tensor, trained: Tensor, *, exact: bool) -> None:
-    """C is a piece of the weight that was trained against, so it tells whether this is that weight."""
-    indices = _read(parts["columns"])
+def _require_columns(parts: Parts, trained: Tensor, *, exact: bool) -> None:
+    """C, or a sample in its place, is a piece of the weight that was trained against: is it this one?"""
+    stored = parts.get("sample", parts["C"])
+    piece = _read(stored)
+    indices = _read(parts["columns"])[: piece.shape[1]]
     same = bool((indices >= 0).all() and (indices < trained.shape[1]).all())
     if same:
         columns = trained[:, indices]
         if exact:
             # Training may have held a 32-bit base in 16 bits, and PEFT stores 16-bit buffers in 32.
-            dtypes = (C.dtype, torch.bfloat16, torch.float16)
-            same = any(torch.equal(C, columns.to(dtype).to(C.dtype)) for dtype in dtypes)
+            dtypes = (piece.dtype, torch.bfloat16, torch.float16)
+            same = any(torch.equal(piece, columns.to(dtype).to(piece.dtype)) for dtype in dtypes)
         else:
-            gap = torch.linalg.vector_norm(C.double() - columns.double())
+            gap = torch.linalg.vector_norm(piece.double() - columns.double())
             same = bool(gap <= QUANTIZED_TOLERANCE * torch.linalg.vector_norm(columns.double()))
     if not same:
         raise UserError(
-            f"{parts['C'].file}: {parts['C'].name} is not a piece of the base's weight, so the adapter was "
+            f"{stored.file}: {stored.name} is not a piece of the base's weight, so the adapter was "
             "trained on other weights of the same shape: give the base it was trained on"
         )
 

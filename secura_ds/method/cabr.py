@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Init = Literal["block", "orthogonal"]
+Init = Literal["block", "orthogonal", "orthonormal"]
 
 # Large enough for matrix products at full speed, small enough for a few blocks to stay in a CPU's cache.
 BLOCK_ELEMENTS = 2**20
@@ -47,7 +47,7 @@ def row_blocks(num_rows: int, num_columns: int, elements: int | None = None) -> 
 
 
 def initial_a(weight: Tensor, cur_rank: int, inner_rank: int, init: Init, *, seed: int = 0) -> Tensor:
-    """A (r, m) in fp32: the block `W[:r, :m]`, or orthogonal with that block's root mean square.
+    """A (r, m) in fp32: the block `W[:r, :m]`, orthogonal with that block's root mean square, or orthonormal.
 
     No SVD: the product of truncated factors that the paper forms *is* this block.
 
@@ -64,8 +64,10 @@ def initial_a(weight: Tensor, cur_rank: int, inner_rank: int, init: Init, *, see
     if inner_rank < 1 or (init == "block" and inner_rank > num_columns):
         raise ValueError(
             f"inner_rank is {inner_rank}, but the weight is ({num_rows}, {num_columns}): at least 1, at most "
-            f"{num_columns} for init 'block' (init 'orthogonal' has no upper bound)"
+            f"{num_columns} for init 'block' (the other inits have no upper bound)"
         )
+    if init == "orthonormal":
+        return _orthogonal(cur_rank, inner_rank, seed).to(weight.device)
     block = weight[:cur_rank, :inner_rank].detach().to(compute_dtype(weight))
     if init == "block":
         if not bool(block.any()):
@@ -75,11 +77,16 @@ def initial_a(weight: Tensor, cur_rank: int, inner_rank: int, init: Init, *, see
             )
         return block.float().clone()
     if init != "orthogonal":
-        raise ValueError(f"init is {init!r}: allowed are 'block' and 'orthogonal'")
+        raise ValueError(f"init is {init!r}: allowed are 'block', 'orthogonal' and 'orthonormal'")
     scale = _root_mean_square(block) or _root_mean_square(weight.detach().to(compute_dtype(weight)))
-    generator = torch.Generator().manual_seed(seed)
-    A = torch.nn.init.orthogonal_(torch.empty(cur_rank, inner_rank), generator=generator)
+    A = _orthogonal(cur_rank, inner_rank, seed)
     return (A * (scale / _root_mean_square(A))).to(weight.device)
+
+
+def _orthogonal(num_rows: int, num_columns: int, seed: int) -> Tensor:
+    """Orthonormal rows, or columns if there are fewer of them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.nn.init.orthogonal_(torch.empty(num_rows, num_columns), generator=generator)
 
 
 def _root_mean_square(matrix: Tensor) -> float:

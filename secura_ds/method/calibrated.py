@@ -1,10 +1,17 @@
-"""R from what a layer's inputs excite: factors from their second moment S = E[x x^T] (method.md section 7).
+"""Factors from what excites a layer: second moments of its inputs and of its outputs' gradients.
 
-Shapes: weight (out, in), S (in, in), R (r, in) in fp32. Related: LoRA-Null (arXiv 2503.02659), CorDA and OSF.
+S = E[x x^T] (in, in) of the inputs gives R (method.md section 7). Mode "contrast" goes further: it also takes
+F = E[g g^T] (out, out), g the gradient of the loss by the layer's output, and both of general text and of the
+task. To second order, with input and gradient taken as independent (K-FAC, arXiv 1503.05671), an update D
+changes the loss of general text by tr(F D S D^T) / 2 a token. C and R are the directions in which the task
+asks most for each unit of that.
+
+Shapes: weight (out, in), C (out, r), R (r, in) in fp32. Related: LoRA-Null (arXiv 2503.02659), CorDA and OSF.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,10 +20,13 @@ from torch import Tensor
 from secura_ds.method.cabr import compute_dtype, row_blocks
 from secura_ds.method.cur import check_rank, least_important
 
-Mode = Literal["null", "rows", "project", "whiten"]
+Mode = Literal["null", "rows", "project", "whiten", "contrast"]
 
 # Share of the mean eigenvalue that keeps whitening from amplifying directions that were hardly sampled.
 _WHITEN_FLOOR = 0.01
+# Root of the loss, in nats a token times two, that all layers' updates of norm 1 cost together. It only sets
+# the unit of learning rates: with it they lie where those of LoRA do.
+_CONTRAST_SCALE = 5.0
 
 
 class Spectrum(NamedTuple):
@@ -94,6 +104,35 @@ def whiten(rows: Tensor, spectrum: Spectrum) -> Tensor:
     floor = _WHITEN_FLOOR * spectrum.values.mean()
     V = spectrum.vectors
     return ((rows @ V) * (spectrum.values + floor).rsqrt()) @ V.T
+
+
+def contrast(task: Tensor, general: Tensor, rank: int) -> Tensor:
+    """The `rank` directions of largest (x^T task x) / (x^T general x), in columns: X (n, rank) in fp32.
+
+    Generalised eigenvectors, largest ratio first, with X^T (general + floor) X = 1, the floor being 0.01 of
+    general's mean eigenvalue.
+
+    Args:
+        task, general: second moments (n, n) of the same inputs or gradients.
+
+    Raises:
+        ValueError: `rank` is out of bounds, or a moment is not square, not finite, or all zero.
+    """
+    check_rank(rank, *general.shape)
+    spectrum = decompose(general)
+    whitening = spectrum.vectors * (spectrum.values + _WHITEN_FLOOR * spectrum.values.mean()).rsqrt()
+    ratios = decompose(whitening.T @ task.to(whitening.dtype) @ whitening)
+    X = whitening @ ratios.vectors[:, -rank:].flip(1)
+    return X.float().contiguous()
+
+
+def contrast_scale(rank: int, num_layers: int) -> float:
+    """Factor of C with which learning rates carry over to other ranks and numbers of layers.
+
+    A step of Adam moves each of the r^2 entries of the core by about the learning rate eta, and the cost of
+    C X R, for C and R of `contrast`, is ||X||^2 / 2 a layer: r^2 eta^2 / 2 in each of `num_layers`.
+    """
+    return _CONTRAST_SCALE / (rank * math.sqrt(num_layers))
 
 
 def factors(

@@ -59,8 +59,9 @@ class CalibrationText(Section):
 class Calibration(CalibrationText):
     """How `selection: "calibrated"` finds directions that general inputs do not excite."""
 
-    mode: Literal["null", "rows", "project", "whiten"] = "null"
-    """How the factors follow from the second moment of each layer's input."""
+    mode: Literal["null", "rows", "project", "whiten", "contrast"] = "null"
+    """How the factors follow from second moments: of each layer's input, or in `contrast` of its output's
+    gradient as well, and of general text against the task."""
     energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Share of the activations' energy that mode `project` keeps clear of."""
 
@@ -118,7 +119,7 @@ class CabrSettings(AdapterTargets):
     """Factor of the update (s)."""
     selection: Literal["least", "sampled", "calibrated"] = "least"
     """How rows and columns are chosen."""
-    init: Literal["block", "orthogonal"] = "block"
+    init: Literal["block", "orthogonal", "orthonormal"] = "block"
     """First value of A."""
     calibration: Calibration = Calibration()
     """Settings of `selection: "calibrated"`."""

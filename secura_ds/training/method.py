@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig, OSFConfig, PeftConfig, PeftModel, get_peft_model
@@ -30,6 +30,7 @@ def put_method(
     autocast: bool,
     on_calibration: OnCalibration | None = None,
     factors: Mapping[str, Tensor] | None = None,
+    examples: Sequence[Mapping[str, Any]] | None = None,
 ) -> PeftModel | PreTrainedModel:
     """The model that is trained. Collective where a method calibrates.
 
@@ -37,6 +38,7 @@ def put_method(
         autocast: trained parameters of an adapter become fp32 where the backbone is in half precision.
         on_calibration: is given what calibration made.
         factors: what an earlier run chose (`frozen_factors`), instead of choosing it anew.
+        examples: what is to be learnt, for a calibration that looks at it.
 
     Raises:
         UserError: anything in `adapter` that does not fit the backbone.
@@ -51,7 +53,7 @@ def put_method(
     starts: dict[str, Start] = {}
     calibration: Calibration | None = None
     if isinstance(config, SecuraConfig):
-        calibration = _calibrated(model, tokenizer, config, chosen=factors is not None)
+        calibration = _calibrated(model, tokenizer, config, examples, chosen=factors is not None)
     elif is_corda(config):
         starts, calibration = _corda(model, tokenizer, recipe, config, factors)
     if calibration is not None and on_calibration is not None:
@@ -66,12 +68,19 @@ def put_method(
 
 
 def _calibrated(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SecuraConfig, *, chosen: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: SecuraConfig,
+    examples: Sequence[Mapping[str, Any]] | None,
+    *,
+    chosen: bool,
 ) -> Calibration | None:
     if chosen:
         config.factors_saved = True
         return None
-    return calibrate(model, tokenizer, config) if config.selection == "calibrated" else None
+    if config.selection != "calibrated":
+        return None
+    return calibrate(model, tokenizer, config, examples=examples)
 
 
 def _corda(

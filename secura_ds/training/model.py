@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -32,6 +33,7 @@ def build_model(
     sharded: bool = False,
     on_calibration: Callable[[Calibration], object] | None = None,
     factors: Mapping[str, Tensor] | None = None,
+    examples: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[PeftModel | PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the backbone, calibrate it if the recipe says so, and put the recipe's method onto it.
 
@@ -43,6 +45,7 @@ def build_model(
         sharded: DeepSpeed (any stage) will own the parameters, which then must all have one dtype.
         on_calibration: is given what calibration made, on every rank, if the recipe calls for one.
         factors: frozen buffers of an earlier run (`frozen_factors`), instead of choosing them anew.
+        examples: what is to be learnt, for a calibration that looks at it.
 
     Raises:
         UserError: anything in the recipe that does not fit the backbone; the message names it.
@@ -61,6 +64,7 @@ def build_model(
         autocast=not sharded,
         on_calibration=on_calibration,
         factors=factors,
+        examples=examples,
     )
     if factors is not None:
         load_factors(adapted, factors)
@@ -111,18 +115,18 @@ def load_factors(model: nn.Module, factors: Mapping[str, Tensor]) -> None:
 
 
 def _refuse_other_weights(model: nn.Module, backbone: str) -> None:
-    """Compare C with the columns of the weights it was taken from, which may have changed under their name.
+    """Compare columns of the weights with those that were kept: weights may have changed under their name.
 
     LoRA and DoRA keep nothing of the weights. Collective under ZeRO-3, one weight at a time.
     """
     for name, layer in secura_layers(model).items():
         for adapter in layer.secura_C:
             weight = sharding.dequantized(layer.get_base_layer())
-            error = fingerprint_error(weight, layer.secura_C[adapter], layer.secura_columns[adapter])
+            error = fingerprint_error(weight, layer.piece(adapter), layer.secura_columns[adapter])
             if not error <= TOLERANCE:
                 raise UserError(
                     f"--resume: the weights of backbone.model {backbone} are not those that the run was "
-                    f"started on ({name} differs from its factor C by {error:.3g} of its norm): use the "
+                    f"started on (columns of {name} differ by {error:.3g} of their norm): use the "
                     "checkpoint or backbone.revision it was started with, or --overwrite"
                 )
 

@@ -230,6 +230,7 @@ def _make_trainer(
         sharded=opened.settings is not None,
         on_calibration=calibrations.append,
         factors=files.read_factors(kept_in, expected) if earlier is not None and whole else None,
+        examples=data[0],
     )
     logger.info("%s", describe_adapter(model, recipe))
     if not whole and expected is not None:

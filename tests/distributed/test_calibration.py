@@ -47,7 +47,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tensor
 
 def test_every_rank_has_the_same_text_and_factors(ranks: Path) -> None:
     first, second = (torch.load(ranks / f"{rank}.pt") for rank in range(2))
-    assert len(first) == 1 + 4 * 14
+    assert len(first) == 1 + 6 * 14
     assert first["token_ids"].shape == (25, 20)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

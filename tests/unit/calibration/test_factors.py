@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config,
 
 from secura_ds.adapter import SecuraConfig
 from secura_ds.calibration import Calibration, calibrate, target_layers
-from secura_ds.calibration.moments import input_groups, within_memory
+from secura_ds.calibration.moments import InputGroup, input_groups, within_memory
 from secura_ds.errors import UserError
 from secura_ds.method import calibrated
 
@@ -29,6 +29,10 @@ def _config(mode: str = "null", **changes: Any) -> SecuraConfig:
         "calibration": {"mode": mode, "num_tokens": 400},
     }
     return SecuraConfig(**(given | changes))
+
+
+def _width(group: InputGroup) -> list[int]:
+    return [group.leader.in_features]
 
 
 def _direct_moments(model: torch.nn.Module, token_ids: Tensor) -> dict[str, Tensor]:
@@ -113,8 +117,8 @@ def test_little_memory_gives_the_same_factors_in_more_passes(text: Path) -> None
     model = toy_llama()
     ids = torch.zeros(1, 4, dtype=torch.int64)
     groups = input_groups(model, target_layers(model, _config()), ids)
-    assert len(list(within_memory(groups, 10**9))) == 1
-    runs = list(within_memory(groups, 8 * 96**2))
+    assert len(list(within_memory(groups, 10**9, _width))) == 1
+    runs = list(within_memory(groups, 8 * 96**2, _width))
     assert [len(run) for run in runs] == [2, 1, 1, 2, 1, 1]
     once = calibrate(model, toy_tokenizer(), _config(), text_path=text, progress=False)
     often = calibrate(model, toy_tokenizer(), _config(), text_path=text, progress=False, memory_limit=1)

@@ -1,0 +1,102 @@
+"""C and R of mode "contrast": where the task asks much of a layer, and general text asks little."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from secura_ds import sharding
+from secura_ds.adapter.config import SecuraConfig, by_layer
+from secura_ds.calibration.moments import InputGroup, owners, within_memory
+from secura_ds.calibration.ranks import broadcast, raise_together, rank_and_world, turns
+from secura_ds.calibration.sensitivity import Batch, Sensitivity, sensitivities
+from secura_ds.method import calibrated
+
+
+def contrast_factors(
+    model: Any,
+    layers: Mapping[str, nn.Linear],
+    groups: Sequence[InputGroup],
+    general: Sequence[Batch],
+    task: Sequence[Batch],
+    config: SecuraConfig,
+    *,
+    memory_limit: int,
+    show: bool,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """R (r, in) and C (out, r) of every layer, in fp32 on CPU, by name. Collective; all ranks get the same.
+
+    Args:
+        groups: `layers` by the input that they share.
+        general, task: the text to leave as it is, and the examples to be learnt.
+        memory_limit: bytes that second moments may take, with more passes over both to keep to it.
+
+    Raises:
+        UserError: an unknown family; a layer that general text or the task does not reach.
+    """
+    rank, _ = rank_and_world()
+
+    def widths(group: InputGroup) -> list[int]:
+        return 2 * [group.leader.in_features, *(layers[name].out_features for name in group.names)]
+
+    runs = list(within_memory(groups, memory_limit, widths))
+    passes = sum(len(turns(len(batches))) for batches in (general, task))
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    with tqdm(total=passes * len(runs) + len(layers), desc="calibration: contrast", disable=not show) as bar:
+        for run in runs:
+            owner = owners(run)
+            of_text, of_task = (
+                sensitivities(model, run, layers, owner, batches, rank, bar) for batches in (general, task)
+            )
+            _solve(run, owner, of_text, of_task, layers, config, (inputs, outputs), bar)
+    return inputs, outputs
+
+
+def _solve(
+    groups: Sequence[InputGroup],
+    owner: Sequence[int],
+    general: Sequence[Sensitivity | None],
+    task: Sequence[Sensitivity | None],
+    layers: Mapping[str, nn.Linear],
+    config: SecuraConfig,
+    found: tuple[dict[str, Tensor], dict[str, Tensor]],
+    bar: tqdm,
+) -> None:
+    """Add the factors of every layer of `groups` to `found`: computed where its moments lie, then sent.
+
+    All decompositions come before the first collective, so that the ranks work at the same time.
+    """
+    problems: list[str] = []
+    solved: dict[str, tuple[Tensor, Tensor]] = {}
+    for group, of_text, of_task in zip(groups, general, task, strict=True):
+        if of_text is not None and of_task is not None:
+            for name in group.names:
+                try:
+                    solved[name] = _factors(name, of_text, of_task, len(layers), config)
+                except (ValueError, torch.linalg.LinAlgError) as error:
+                    problems.append(f"{name}: {error}")
+                bar.update()
+    raise_together(problems)
+    for group, source in zip(groups, owner, strict=True):
+        for name in group.names:
+            layer, r = layers[name], by_layer(config.rank_pattern, name, config.cur_rank)
+            device = layer.weight.device if not sharding.is_sharded(layer.weight) else None
+            shapes = (r, layer.in_features), (layer.out_features, r)
+            for place, shape, i in zip(found, shapes, (0, 1), strict=True):
+                factor = solved[name][i] if name in solved else torch.zeros(shape, device=device)
+                broadcast(factor, source)
+                place[name] = factor.cpu()
+
+
+def _factors(
+    name: str, general: Sensitivity, task: Sensitivity, num_layers: int, config: SecuraConfig
+) -> tuple[Tensor, Tensor]:
+    r = by_layer(config.rank_pattern, name, config.cur_rank)
+    R = calibrated.contrast(task.inputs, general.inputs, r).T.contiguous()
+    C = calibrated.contrast(task.gradients[name], general.gradients[name], r)
+    return R, C.mul_(calibrated.contrast_scale(r, num_layers))

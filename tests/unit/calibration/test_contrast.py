@@ -1,0 +1,269 @@
+"""Mode "contrast": C and R from what general text and the task ask of a layer's inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from calibration_toys import EXAMPLES, toy_llama, toy_tokenizer
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config, PretrainedConfig, Qwen2Config
+
+from secura_ds.adapter import SecuraConfig
+from secura_ds.calibration import calibrate, sensitivity, target_layers
+from secura_ds.calibration.factors import frozen
+from secura_ds.calibration.moments import input_groups
+from secura_ds.errors import UserError
+from secura_ds.method import calibrated, cur
+from secura_ds.method.calibrated import contrast, contrast_scale
+from secura_ds.sharding import dequantized, keep_exact
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "bos_token_id": 256,
+    "eos_token_id": 257, "pad_token_id": 258, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def config_of(**changes: Any) -> SecuraConfig:
+    given: dict[str, Any] = {
+        "cur_rank": 8,
+        "inner_rank": 12,
+        "selection": "calibrated",
+        "init": "orthonormal",
+        "target_modules": "all-linear",
+        "smagnorm": {"apply": "never"},
+        "calibration": {"mode": "contrast", "num_tokens": 400},
+    }
+    return SecuraConfig(**(given | changes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_sequences() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("secura_ds.calibration.text.SEQUENCE_LENGTH", 40)
+        yield
+
+
+def moment(seed: int, n: int = 12, samples: int = 40) -> Tensor:
+    x = torch.randn(samples, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.T @ x / samples
+
+
+def test_directions_are_generalised_eigenvectors_of_largest_ratio() -> None:
+    task, general = moment(1), moment(2)
+    X = contrast(task, general, 5).double()
+    floored = general + 0.01 * torch.linalg.eigvalsh(general).mean() * torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(X.T @ floored @ X, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-5)
+    ratios = torch.linalg.eigvals(torch.linalg.solve(floored, task)).real.sort(descending=True).values
+    torch.testing.assert_close((X.T @ task @ X).diag(), ratios[:5], rtol=1e-5, atol=0)
+    assert torch.equal(contrast(task, general, 12)[:, :5], X.float())
+
+
+def test_the_directions_cost_what_they_are_said_to() -> None:
+    """tr(F D S D^T) of D = C X R is ||X||^2, which the scale makes the same for other ranks and depths."""
+    S, output = moment(1), moment(2, n=9)
+    R, C = contrast(moment(3), S, 6).double().T, contrast(moment(4, n=9), output, 6).double()
+    X = torch.randn(6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    D = C @ X @ R
+    cost = float(torch.trace(output @ D @ S @ D.T))
+    assert cost == pytest.approx(float(X.square().sum()), rel=0.3)
+    assert cost < float(X.square().sum())  # the floor makes directions cost less than it says
+    wide, deep = contrast_scale(8, 4), contrast_scale(4, 16)
+    assert wide * 8 * 4**0.5 == pytest.approx(deep * 4 * 16**0.5)
+
+
+@pytest.mark.parametrize(
+    ("task", "general", "message"),
+    [
+        (torch.eye(3), torch.zeros(3, 3), "all zero"),
+        (torch.zeros(3, 3), torch.eye(3), "all zero"),
+        (torch.eye(3), torch.full((3, 3), torch.nan), "not finite"),
+        (torch.eye(3), torch.eye(3)[:2], "square"),
+    ],
+)
+def test_moments_that_say_nothing_are_refused(task: Tensor, general: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        contrast(task, general, 2)
+
+
+def direct(model: Any, batches: list[sensitivity.Batch]) -> dict[str, tuple[Tensor, Tensor]]:
+    """S and F of every linear layer but the head, from one plain backward pass a batch, in float64."""
+    inputs: dict[str, list[Tensor]] = {}
+    outputs: dict[str, list[Tensor]] = {}
+    mask = torch.empty(0)
+
+    def keep(name: str, given: Tensor, output: Tensor) -> None:
+        real = mask
+        inputs.setdefault(name, []).append(given.detach()[real])
+        output.register_hook(lambda g: outputs.setdefault(name, []).append(g[real]))
+
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"}
+    handles = [
+        m.register_forward_hook(lambda _, i, o, name=n: keep(name, i[0], o)) for n, m in layers.items()
+    ]
+    learnt = tokens = 0
+    for batch in batches:
+        mask = batch.mask.bool()
+        embedded = model.get_input_embeddings()(batch.ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embedded, attention_mask=batch.mask).logits
+        F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum").backward()
+        learnt += int((batch.targets != -100).sum())
+        tokens += int(mask.sum())
+    for handle in handles:
+        handle.remove()
+
+    def product(parts: list[Tensor], count: int) -> Tensor:
+        x = torch.cat(parts).double()
+        return x.T @ x / count
+
+    return {n: (product(inputs[n], tokens), product(outputs[n], learnt)) for n in layers}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [None, Qwen2Config(**SHAPE), Gemma2Config(**SHAPE, sliding_window=8, final_logit_softcapping=5.0)],
+)
+def test_block_by_block_is_the_plain_backward_pass(family: PretrainedConfig | None) -> None:
+    torch.manual_seed(0)
+    model = toy_llama() if family is None else AutoModelForCausalLM.from_config(family)
+    model.requires_grad_(False).eval()
+    batches = sensitivity.example_batches(EXAMPLES, 400)
+    assert len(batches) > 1
+    assert not all(batch.mask.all() for batch in batches)
+    layers = target_layers(model, config_of())
+    groups = input_groups(model.base_model, layers, batches[0].ids)
+    with frozen(model), tqdm(disable=True) as bar:
+        found = sensitivity.sensitivities(model, groups, layers, [0] * len(groups), batches, 0, bar)
+    expected = direct(model, batches)
+    for group, of_group in zip(groups, found, strict=True):
+        assert of_group is not None
+        S = expected[group.names[0]][0]
+        torch.testing.assert_close(of_group.inputs.double(), S, rtol=0, atol=1e-4 * float(S.abs().max()))
+        for name in group.names:
+            wanted, got = expected[name][1], of_group.gradients[name].double()
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_text_and_examples_become_batches() -> None:
+    text = sensitivity.text_batches(torch.arange(20).view(10, 2))
+    assert [batch.ids.shape for batch in text] == [(8, 2), (2, 2)]
+    assert text[1].targets.tolist() == [[17, -100], [19, -100]]
+    rows = [
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]},
+        {"input_ids": [4, 5], "labels": [-100, 5]},
+        {"input_ids": [6, 7], "labels": [6, 7]},
+    ]
+    (batch,) = sensitivity.example_batches(rows, 5)
+    assert batch.ids.tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert batch.mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch.targets.tolist() == [[2, 3, -100], [5, -100, -100]]
+
+
+def test_the_adapter_takes_both_factors_and_a_sample_of_the_weight(tmp_path: Path) -> None:
+    model = toy_llama().requires_grad_(False)
+    config = config_of(target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 5})
+    result = calibrate(model, toy_tokenizer(), config, examples=EXAMPLES, progress=False)
+    assert [tuple(C.shape) for C in result.outputs.values()] == [(64, 8), (64, 5)] * 2
+    assert [tuple(R.shape) for R in result.factors.values()] == [(8, 64), (5, 96)] * 2
+    adapted = get_peft_model(model, config)
+    for name, R in result.factors.items():
+        layer = adapted.base_model.model.get_submodule(name)
+        assert torch.equal(layer.secura_R["default"], R)
+        assert torch.equal(layer.secura_C["default"], result.outputs[name])
+        A = layer.secura_A["default"]
+        torch.testing.assert_close(A @ A.T, torch.eye(len(A)), rtol=0, atol=1e-5)
+        W = layer.get_base_layer().weight
+        least = cur.least_important(W, len(R))[1][0]
+        assert torch.equal(layer.secura_sample["default"][:, 0], W[:, least])
+        torch.nn.init.normal_(layer.secura_B["default"], std=0.3)
+    ids = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        expected = adapted.eval()(ids).logits
+        with adapted.disable_adapter():
+            assert not torch.allclose(expected, adapted(ids).logits)
+    adapted.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(toy_llama(), str(tmp_path)).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, expected)
+    other = toy_llama()
+    torch.nn.init.normal_(other.model.layers[1].mlp.down_proj.weight)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj: .* differs from the adapter's columns"):
+        PeftModel.from_pretrained(other, str(tmp_path))
+
+
+def test_little_memory_gives_the_same_factors_in_more_passes() -> None:
+    once, often = (
+        calibrate(
+            toy_llama(), toy_tokenizer(), config_of(), examples=EXAMPLES, progress=False, memory_limit=limit
+        )
+        for limit in (10**9, 1)
+    )
+    for name in once.factors:
+        assert torch.equal(once.factors[name], often.factors[name])
+        assert torch.equal(once.outputs[name], often.outputs[name])
+
+
+def test_4_bit_weights_are_calibrated_and_left_as_they_are(tmp_path: Path) -> None:
+    toy_llama().save_pretrained(tmp_path)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=nf4, dtype=torch.float32)
+    model.requires_grad_(False)
+    keep_exact(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    batches = sensitivity.example_batches(EXAMPLES, 400)
+    layers = target_layers(model, config_of())
+    groups = input_groups(model.base_model, layers, batches[0].ids)
+    with frozen(model), tqdm(disable=True) as bar:
+        found = sensitivity.sensitivities(model, groups, layers, [0] * len(groups), batches, 0, bar)
+    plain = toy_llama().requires_grad_(False)
+    for name, layer in layers.items():  # what 4-bit layers compute with
+        plain.get_submodule(name).weight.copy_(dequantized(layer))
+    expected = direct(plain.eval(), batches)
+    for group, of_group in zip(groups, found, strict=True):
+        assert of_group is not None
+        for name in group.names:
+            wanted, got = expected[name][1], of_group.gradients[name].double()
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
+    result = calibrate(model, toy_tokenizer(), config_of(), examples=EXAMPLES, progress=False)
+    assert all(C.any() for C in result.outputs.values())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+def test_what_contrast_cannot_do_is_said() -> None:
+    def refused(match: str, model: Any = None, **changes: Any) -> None:
+        with pytest.raises(UserError, match=match):
+            calibrate(model or toy_llama(), toy_tokenizer(), config_of(), progress=False, **changes)
+
+    refused("'contrast', which looks at the task, too: give calibrate the training examples")
+    silent = [{"input_ids": [1, 2], "labels": [-100, -100]}]
+    refused("no token that is learnt", examples=silent)
+    unknown = toy_llama()
+    unknown.config.model_type = "unheard-of"
+    refused("does not know how a unheard-of model's loss follows", unknown, examples=EXAMPLES)
+    with pytest.raises(UserError, match=r"q_proj was not calibrated with it: call secura_ds\.calibrate"):
+        model = toy_llama()
+        for layer in target_layers(model, config_of()).values():
+            layer.secura_factor = torch.ones(8, layer.in_features)
+        get_peft_model(model, config_of())
+
+
+def test_a_task_that_does_not_reach_a_layer_names_it() -> None:
+    model = toy_llama().requires_grad_(False)
+    torch.nn.init.zeros_(model.model.layers[1].post_attention_layernorm.weight)
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.\w+_proj: .* all zero"):
+        calibrate(model, toy_tokenizer(), config_of(), examples=EXAMPLES, progress=False)
+
+
+def test_modes_of_inputs_alone_know_no_contrast() -> None:
+    with pytest.raises(ValueError, match="mode is 'contrast'"):
+        calibrated.factors(torch.ones(4, 4), torch.eye(4), 2, mode="contrast")
