@@ -2,6 +2,6 @@
 
 from secura_ds.continual.metrics import score_matrix
 from secura_ds.continual.own_loop import evaluate, retention
-from secura_ds.continual.run import SequencesSummary, run_sequences
+from secura_ds.continual.run import SequencesSummary, Share, run_sequences
 
-__all__ = ["SequencesSummary", "evaluate", "retention", "run_sequences", "score_matrix"]
+__all__ = ["SequencesSummary", "Share", "evaluate", "retention", "run_sequences", "score_matrix"]

@@ -49,14 +49,19 @@ def check(recipe: SequenceRecipe, folder: Path, *, resume: bool, overwrite: bool
     _check_same_recipe(folder / RECIPE, recipe.resolved())
 
 
-def open_folder(recipe: SequenceRecipe, folder: Path, *, overwrite: bool) -> None:
-    """Claim a folder that `check` allows, and write down what is run. Main process only."""
+def open_folder(recipe: SequenceRecipe, folder: Path, *, overwrite: bool, alone: bool = True) -> None:
+    """Claim a folder that `check` allows, and write down what is run. Main process only.
+
+    Args:
+        alone: no other run works in the folder, so that unfinished files are left-overs.
+    """
     if overwrite:
         for name in OWN:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_left_overs(folder)
+    if alone:
+        _remove_left_overs(folder)
     atomic_write_json(folder / RECIPE, recipe.resolved())
     atomic_write_json(folder / "environment.json", environment.describe_environment())
 

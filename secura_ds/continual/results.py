@@ -18,7 +18,9 @@ _OF_TASKS = ("score", "stderr", "loss", "loss_stderr")
 
 
 def write_results(recipe: SequenceRecipe, tasks: Sequences[Task], folder: Path) -> None:
-    """Write `continual.json` from what lies in the folder. Main process only."""
+    """Write `continual.json` from what lies in the folder, once the backbone is measured. Main process."""
+    if not (folder / "before.json").is_file():
+        return  # another process is at it
     before = _read(folder / "before.json")
     named = [
         {

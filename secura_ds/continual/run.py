@@ -17,6 +17,7 @@ from secura_ds.continual.measure import measure
 from secura_ds.continual.places import StagePlaces, stage_places
 from secura_ds.continual.results import diverged_mark, write_results
 from secura_ds.continual.stage import carry_on, make_strategy, stage_recipe
+from secura_ds.errors import UserError
 from secura_ds.files import atomic_write_json, remove_folder
 from secura_ds.ranks import on_main
 from secura_ds.recipe import Sequence, SequenceRecipe
@@ -43,27 +44,44 @@ class SequencesSummary:
     """The signal that interrupted them."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """Every `of`-th sequence, from the one at `number`, from 1."""
+
+    number: int
+    of: int
+
+
 def run_sequences(
-    recipe: SequenceRecipe, *, resume: bool = False, overwrite: bool = False
+    recipe: SequenceRecipe, *, resume: bool = False, overwrite: bool = False, share: Share | None = None
 ) -> SequencesSummary:
     """Train and measure every sequence of the recipe; every rank of a launched run calls this.
 
     Args:
         resume: go on in the results folder after what is finished there; from the start if it holds nothing.
         overwrite: delete what the results folder holds.
+        share: the part of the sequences that this run takes, beside others that work in the same folder.
 
     Raises:
         UserError: anything the user can mend, the same on every rank; what is finished stays as it is.
     """
     folder = Path(recipe.output_dir).absolute()
     sequences = list(recipe.sequences())
+    if share is not None:
+        sequences = sequences[share.number - 1 :: share.of]
+        if not sequences:
+            raise UserError(
+                f"--share {share.number}/{share.of}: the recipe has too few sequences for so many"
+            )
     tokenizer = load_tokenizer(recipe.backbone)
     tasks = load_tasks(recipe.tasks, [recipe.resolve_path(path) for path in recipe.task_folders])
     with session(stage_recipe(recipe, sequences[0], 0, folder), folder) as opened:
         on_main(lambda: folders.check(recipe, folder, resume=resume, overwrite=overwrite))
-        on_main(lambda: folders.open_folder(recipe, folder, overwrite=overwrite))
+        on_main(lambda: folders.open_folder(recipe, folder, overwrite=overwrite, alone=share is None))
         on_main(lambda: write_material(tasks, recipe, folder, chat=tokenizer.chat_template is not None))
-        signal = _measure_backbone(recipe, tasks, folder, tokenizer, opened)
+        # One of several measures it; the others have sequences to train meanwhile.
+        first = share is None or share.number == 1
+        signal = _measure_backbone(recipe, tasks, folder, tokenizer, opened) if first else None
     finished = diverged = 0
     for number, sequence in enumerate(sequences, start=1):
         if signal is not None:

@@ -132,7 +132,10 @@ def _train(
     preflight.check_examples(len(train_rows), recipe)
     found = on_main(lambda: _find_checkpoint(recipe, folder)) if resume else None
     planned = check_memory(
-        recipe, train_rows, opened.settings, calibrates=found is None and stage.start is None
+        recipe,
+        train_rows,
+        opened.settings,
+        calibrates=found is None and (stage.start is None or _chooses_anew(recipe)),
     )
     data = (train_rows, validation)
     trainer = _make_trainer(recipe, folder, opened, data, found, base, stage, overwrite=overwrite)
@@ -218,7 +221,8 @@ def _make_trainer(
     """Build the model, open the folder and put both into a Trainer that goes on from `found`."""
     checkpoints = folder / "checkpoints"
     resumed = (found, files.read(found)) if found is not None else None
-    start = on_main(lambda: _last_of(stage.start)) if found is None else None
+    renewed = found is None and stage.start is not None and _chooses_anew(recipe)
+    start = on_main(lambda: _last_of(stage.start)) if found is None and not renewed else None
     earlier = found or start
     expected = files.factors_of(earlier) if earlier is not None else None
     kept_in = earlier.parent if earlier is not None else checkpoints
@@ -249,7 +253,7 @@ def _make_trainer(
         keep=recipe.training.save_total_limit,
         reentrant=preflight.reentrant_checkpointing(opened.settings),
         resumed=resumed,
-        start=start,
+        start=_beginning(stage, start),
         strategy=stage.strategy,
     )
     if resumed is None:
@@ -259,6 +263,24 @@ def _make_trainer(
         states.check_batch(state, trainer.batch_over_all_ranks, recipe.training.micro_batch_size)
         trainer.factors = expected
     return trainer
+
+
+def _chooses_anew(recipe: Recipe) -> bool:
+    """Whether each task of a sequence gets factors of its own, as M1 leaves nothing in the last task's."""
+    adapter = recipe.adapter
+    if not isinstance(adapter, CabrSettings) or adapter.selection != "calibrated":
+        return False
+    return adapter.calibration.mode == "contrast" and adapter.strategy == "M1"
+
+
+def _beginning(stage: Stage, start: Path | None) -> Callable[[nn.Module], None] | None:
+    """What a run takes over from the run before: its last checkpoint, or the weights it has changed."""
+    if start is not None:
+        return lambda model: states.restore_weights(model, files.read(start), files.read_folded(start))
+    if stage.start is not None:
+        adapter = stage.start / "adapter"
+        return lambda model: states.begin_with_weights(model, adapter)
+    return None
 
 
 def _last_of(folder: Path | None) -> Path | None:

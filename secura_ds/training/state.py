@@ -5,10 +5,13 @@ from __future__ import annotations
 import base64
 import random
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -123,6 +126,27 @@ def restore_weights(model: nn.Module, checkpoint: Checkpoint, folded: Iterable[t
         U.copy_(checkpoint.trained.get(name, torch.zeros_like(U)))
     if checkpoint.state["folded"]:
         _restore_folded(model, folded)
+    for layer in secura_layers(model).values():
+        layer.forget()
+
+
+def begin_with_weights(model: nn.Module, adapter: Path) -> None:
+    """Put the weights that an earlier adapter, of M1, has changed into the model; nothing else. Collective.
+
+    Raises:
+        UserError: the adapter is damaged, or belongs to another one than this.
+    """
+    keys = {f"base_model.model.{name}.secura_W": name for name in _base_weights(model)}
+    path = adapter / SAFETENSORS_WEIGHTS_NAME
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            if missing := sorted(keys.keys() - set(file.keys())):
+                raise UserError(
+                    f"{path} lacks {missing[0]}: delete the folder of this task, to train it again"
+                )
+            _restore_folded(model, ((name, file.get_tensor(key)) for key, name in keys.items()))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}): delete its task's folder") from error
     for layer in secura_layers(model).values():
         layer.forget()
 

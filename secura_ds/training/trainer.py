@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -42,7 +43,7 @@ class Trainer(SFTTrainer):
         keep: how many of them stay.
         reentrant: kind of activation checkpointing.
         resumed: the checkpoint to go on from, and its folder.
-        start: or a checkpoint of an earlier run, whose parameters this one begins with.
+        start: or what gives the prepared model the parameters that an earlier run has left.
         strategy: what continual learning adds.
     """
 
@@ -60,7 +61,7 @@ class Trainer(SFTTrainer):
         keep: int,
         reentrant: bool,
         resumed: tuple[Path, Checkpoint] | None = None,
-        start: Path | None = None,
+        start: Callable[[nn.Module], None] | None = None,
         strategy: Strategy | None = None,
     ) -> None:
         self.checkpoints, self.keep = checkpoints, keep
@@ -179,7 +180,7 @@ class Trainer(SFTTrainer):
         if self.resumed is not None and self.resumed_from is not None:
             states.restore(self, self.resumed, files.read_folded(self.resumed_from))
         elif self.start is not None:
-            states.restore_weights(self.model, files.read(self.start), files.read_folded(self.start))
+            self.start(self.model)
         self.strategy.begin(self)
         return prepared
 

@@ -17,7 +17,7 @@ from training_toys import adapter, losses
 
 from secura_ds.adapter import load_adapter
 from secura_ds.backbones import load_model, load_tokenizer
-from secura_ds.continual import SequencesSummary, run_sequences
+from secura_ds.continual import SequencesSummary, Share, run_sequences
 from secura_ds.continual import measure as measuring
 from secura_ds.errors import UserError
 from secura_ds.evaluation import evaluate
@@ -27,11 +27,18 @@ from secura_ds.training.trainer import Trainer
 
 SECURA = {"method": "secura", "cur_rank": 7, "inner_rank": 9}
 M1 = SECURA | {"strategy": "M1", "fold_every": 2}
+CONTRAST = SECURA | {
+    "strategy": "M1",
+    "selection": "calibrated",
+    "init": "orthonormal",
+    "calibration": {"mode": "contrast", "num_tokens": 320},
+}
 LORA = {"method": "lora", "rank": 3, "target_modules": ["q_proj"]}
 ENTRIES = [
     *({"name": kind, "adapter": SECURA, "strategy": s} for kind, s in strategies().items()),
     {"name": "folded", "adapter": M1, "strategy": strategies()["er"]},
     {"name": "lora", "adapter": LORA, "strategy": strategies()["ewc"]},
+    {"name": "contrast", "adapter": CONTRAST},
 ]
 
 
@@ -61,7 +68,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every strategy over the three tasks, uninterrupted."""
     folder = tmp_path_factory.mktemp("whole")
     recipe = load(folder, entries=[entry(e["name"]) for e in ENTRIES])
-    assert run_sequences(recipe) == SequencesSummary(planned=7, finished=7, diverged=0)
+    assert run_sequences(recipe) == SequencesSummary(planned=8, finished=8, diverged=0)
     return folder
 
 
@@ -80,7 +87,16 @@ def test_every_task_and_probe_is_measured_before_and_after_each_task(whole: Path
             assert stage["train"]["steps"] == 3 and stage["train"]["validation_loss"] > 0
         assert sequence["metrics"] is not None
     kept = {s["entry"]: s["buffer_examples"] for s in found["sequences"]}
-    assert kept == {"seq": 0, "er": 6, "ewc": 0, "online": 0, "i-lora": 6, "folded": 6, "lora": 0}
+    assert kept == {
+        "seq": 0,
+        "er": 6,
+        "ewc": 0,
+        "online": 0,
+        "i-lora": 6,
+        "folded": 6,
+        "lora": 0,
+        "contrast": 0,
+    }
 
 
 def test_what_is_measured_is_what_the_saved_adapter_does(whole: Path) -> None:
@@ -106,6 +122,21 @@ def test_a_task_goes_on_from_the_last_one(whole: Path) -> None:
     assert all(0 < value < 3.5e-2 for value in moved.values())
     assert all(torch.equal(first[n], second[n]) for n in first if "_C" in n or "_R" in n)
     assert not list(stages.glob("*/checkpoints"))
+
+
+def test_contrast_under_m1_takes_new_factors_for_each_task(whole: Path) -> None:
+    """What was learnt before is in the weights alone, and the factors are those of the task at hand."""
+    stages = whole / "results" / "sequences" / "contrast-lr0.01-order1-seed0" / "stages"
+    first, second = adapter(stages / "01-sums"), adapter(stages / "02-names")
+    assert all(not torch.equal(first[n], second[n]) for n in first if n.endswith(("_C", "_R", "_W")))
+    assert all(torch.equal(first[n], second[n]) for n in first if n.endswith("_sample"))
+    assert not any(value.any() for n, value in second.items() if n.endswith(("_B", "_U")))
+    recipe = load(whole)
+    base = load_model(recipe.backbone)
+    for name in (n for n in first if n.endswith("_W")):
+        W = base.get_submodule(name.removeprefix("base_model.model.").removesuffix(".secura_W")).weight
+        first_change, second_change = first[name] - W, second[name] - first[name]
+        assert first_change.any() and second_change.any()
 
 
 def test_one_task_is_the_run_of_launch_train(whole: Path, tmp_path: Path) -> None:
@@ -235,6 +266,24 @@ def test_a_finished_recipe_may_gain_entries_rates_orders_and_seeds(whole: Path, 
     ]  # fmt: skip
     kept = {s["label"]: s for s in results(more)["sequences"]}
     assert all(kept[s["label"]] == s for s in before if s["label"] in kept)
+
+
+def test_processes_that_share_the_sequences_fill_one_folder(whole: Path, tmp_path: Path) -> None:
+    write_sequence_toy(tmp_path, entries=[entry("seq") | {"learning_rates": [0.01, 0.02]}, entry("lora")])
+    late = run_sequences(load(tmp_path), share=Share(2, 2))  # the backbone is the first one's to measure
+    assert late == SequencesSummary(planned=1, finished=1, diverged=0)
+    assert not (tmp_path / "results" / "continual.json").exists()
+    unfinished = tmp_path / "results" / "sequences" / ".other.partial"
+    unfinished.write_text("of another process")
+    assert run_sequences(load(tmp_path), resume=True, share=Share(1, 2)).finished == 2
+    assert unfinished.exists()
+    assert results(tmp_path)["status"] == "finished"
+    expected = {s["label"]: s for s in results(whole)["sequences"]}
+    for sequence in results(tmp_path)["sequences"]:
+        if sequence["label"] in expected:
+            assert timeless(sequence) == timeless(expected[sequence["label"]])
+    with pytest.raises(UserError, match="--share 4/4: the recipe has too few sequences"):
+        run_sequences(load(tmp_path), resume=True, share=Share(4, 4))
 
 
 def test_a_sequence_that_diverges_does_not_end_the_others(
