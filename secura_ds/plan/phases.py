@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from secura_ds.adapter import secura_layers
+from secura_ds.backbones.head import chunk_bytes
 from secura_ds.calibration.factors import MEMORY_LIMIT
 from secura_ds.calibration.moments import FORWARD_BATCH
 from secura_ds.calibration.text import GENERATION_BATCH, SEQUENCE_LENGTH
@@ -52,7 +54,10 @@ def calibrating(subject: Subject) -> int:
     if not isinstance(adapter, CabrSettings) or adapter.selection != "calibrated":
         return 0
     writing = 0 if adapter.calibration.text else _writing(subject)
-    return _backbone(subject) + max(writing, _measuring(subject), _solving(subject))
+    measuring = _measuring(subject)
+    if adapter.calibration.mode == "contrast":
+        measuring = _differentiating(subject)
+    return _backbone(subject) + max(writing, measuring, _solving(subject))
 
 
 def stepping(subject: Subject) -> int:
@@ -122,22 +127,57 @@ def _writing(subject: Subject) -> int:
 
 def _measuring(subject: Subject) -> int:
     """Second moments of layers' inputs, and a pass of the text through one layer without gradients."""
-    widths = _inputs(subject)
-    moments = max(sum(FP64 * width**2 for width in run) for run in _runs(widths))
+    groups = _moments(subject)
     config = subject.config.get_text_config()
     tokens = FORWARD_BATCH * min(SEQUENCE_LENGTH, config.max_position_embeddings)
     passing = tokens * (4 * config.hidden_size + 3 * config.intermediate_size) * _itemsize(subject)
-    widened = FP32 * tokens * max(widths)
-    return moments + passing + widened + _whole(subject, keep=0)
+    widened = FP32 * tokens * max(map(max, groups))
+    return _held(groups) + passing + widened + _whole(subject, keep=0)
+
+
+def _differentiating(subject: Subject) -> int:
+    """Moments of inputs and gradients, every block's input, and one block with what its backward keeps."""
+    groups = _moments(subject)
+    config = subject.config.get_text_config()
+    longest = max(SEQUENCE_LENGTH, subject.recipe.data.max_length)
+    tokens = FORWARD_BATCH * min(longest, config.max_position_embeddings)
+    kept = tokens * config.hidden_size * (config.num_hidden_layers + 2)
+    passing = tokens * (16 * config.hidden_size + 8 * config.intermediate_size)
+    loss = chunk_bytes(tokens, config.vocab_size, _itemsize(subject), softcap=_softcap(config))
+    widened = FP32 * tokens * max(map(max, groups))
+    activations = max((kept + passing) * _itemsize(subject) + widened, kept * _itemsize(subject) + loss)
+    return _held(groups) + activations + _whole_block(subject)
+
+
+def _softcap(config: PreTrainedConfig) -> bool:
+    return getattr(config, "final_logit_softcapping", None) is not None
+
+
+def _whole_block(subject: Subject) -> int:
+    """What is whole at a time beside what stays: under ZeRO-3 a block's weights, or the head's."""
+    if subject.zero.stage != 3 or subject.ranks == 1:
+        return _whole(subject, keep=0)
+    blocks: dict[str, int] = {}
+    for name, p in subject.model.named_parameters():
+        block = re.match(r".*\.layers\.\d+\.", name)
+        if not p.requires_grad:
+            own = block[0] if block else name
+            blocks[own] = blocks.get(own, 0) + p.nbytes
+    return _whole(subject, keep=0) + max(blocks.values())
+
+
+def _held(groups: Sequence[Sequence[int]]) -> int:
+    """Bytes of the moments of the largest run over the text."""
+    return max(sum(FP64 * width**2 for group in run for width in group) for run in _runs(groups))
 
 
 def _solving(subject: Subject) -> int:
     """A rank's share of a run's moments with their eigenvectors, one decomposition at a time, one weight."""
-    widths = _inputs(subject)
-    shares = [sorted(run, reverse=True)[: -(-len(run) // subject.ranks)] for run in _runs(widths)]
-    pairs = max(sum(2 * FP32 * width**2 for width in share) for share in shares)
+    groups = _moments(subject)
+    shares = [sorted(run, key=max, reverse=True)[: -(-len(run) // subject.ranks)] for run in _runs(groups)]
+    pairs = max(sum(2 * FP32 * width**2 for group in share for width in group) for share in shares)
     weight = max(layer.out_features * layer.in_features for layer in secura_layers(subject.model).values())
-    return pairs + SOLVING * FP32 * max(widths) ** 2 + weight * _itemsize(subject)
+    return pairs + SOLVING * FP32 * max(map(max, groups)) ** 2 + weight * _itemsize(subject)
 
 
 def _decomposing(subject: Subject) -> int:
@@ -153,14 +193,17 @@ def _decomposing(subject: Subject) -> int:
     return moments + vectors + solving
 
 
-def _runs(widths: Sequence[int]) -> list[list[int]]:
-    """Inputs whose moments are taken in one pass over the text, as calibration cuts them to its limit."""
-    runs: list[list[int]] = [[]]
-    for width in widths:
-        held = sum(FP64 * other**2 for other in runs[-1])
-        if runs[-1] and held + FP64 * width**2 > MEMORY_LIMIT:
+def _runs(groups: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+    """Moments that are taken in one pass over the text, as calibration cuts them to its limit."""
+    runs: list[list[Sequence[int]]] = [[]]
+    held = 0
+    for group in groups:
+        size = sum(FP64 * width**2 for width in group)
+        if runs[-1] and held + size > MEMORY_LIMIT:
             runs.append([])
-        runs[-1].append(width)
+            held = 0
+        runs[-1].append(group)
+        held += size
     return runs
 
 
@@ -175,11 +218,15 @@ def _whole(subject: Subject, *, keep: int) -> int:
     return unpacked + largest + min(keep, subject.rest.device["frozen_weights"] * subject.ranks)
 
 
-def _inputs(subject: Subject) -> list[int]:
-    """Widths of the distinct inputs of adapted layers."""
-    seen: dict[tuple[str, frozenset[str]], int] = {}
+def _moments(subject: Subject) -> list[list[int]]:
+    """Widths of the moments of each distinct input of adapted layers; for contrast those of outputs, too."""
+    adapter = subject.recipe.adapter
+    contrasts = isinstance(adapter, CabrSettings) and adapter.calibration.mode == "contrast"
+    seen: dict[tuple[str, frozenset[str]], list[int]] = {}
     for name, layer in secura_layers(subject.model).items():
         parent, _, own = name.rpartition(".")
         group = next((frozenset(names) for names in SAME_INPUT if own in names), frozenset({own}))
-        seen[parent, group] = layer.in_features
-    return list(seen.values())
+        widths = seen.setdefault((parent, group), [layer.in_features])
+        if contrasts:
+            widths.append(layer.out_features)
+    return [2 * widths if contrasts else widths for widths in seen.values()]

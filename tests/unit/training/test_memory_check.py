@@ -140,3 +140,15 @@ def test_a_resumed_run_does_not_calibrate(toy: Path, rows: Dataset) -> None:
     assert anew is not None and resumed is not None
     assert anew.phases["calibration"] > 0 == resumed.phases["calibration"]
     assert {k: v for k, v in anew.phases.items() if k != "calibration"}.items() <= resumed.phases.items()
+
+
+def test_contrast_holds_more_than_inputs_alone(toy: Path, rows: Dataset) -> None:
+    text = toy.parent / "text.txt"
+    text.write_text("Bread and butter. " * 40)
+    options = ["adapter.selection=calibrated", f"adapter.calibration.text={text}"]
+    alone, both = (
+        check_memory(recipe_of(toy, *options, f"adapter.calibration.mode={mode}"), rows, None)
+        for mode in ("null", "contrast")
+    )
+    assert alone is not None and both is not None
+    assert both.phases["calibration"] > alone.phases["calibration"]
