@@ -77,7 +77,10 @@ def raw(folder: Path) -> dict[str, bytes]:
 def make_secura(
     folder: Path, base: Path, *, held: dict[str, torch.Tensor] | None = None, **config: Any
 ) -> Path:
-    """A SECURA adapter as it lies on disk; `held` are the weights that training saw, if not the base's."""
+    """A SECURA adapter as it lies on disk; `held` are the weights that training saw, if not the base's.
+
+    With calibration mode "contrast" C is no piece of the weight, and a sample of it lies beside.
+    """
     held = held or weights(base)
     generator = torch.Generator().manual_seed(1)
     tensors: dict[str, torch.Tensor] = {}
@@ -93,6 +96,9 @@ def make_secura(
             "rows": rows,
             "columns": columns,
         }
+        if config.get("calibration", {}).get("mode") == "contrast":
+            parts["sample"] = parts["C"][:, :1]
+            parts["C"] = 0.1 * torch.randn(parts["C"].shape, generator=generator).to(W.dtype)
         tensors |= {f"base_model.model.{module}.secura_{part}": t.contiguous() for part, t in parts.items()}
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")

@@ -66,6 +66,8 @@ def one_process(toy: Path) -> Path:
         "calibrated": ["adapter.selection=calibrated", "adapter.calibration.num_tokens=320"],
         "nf4": ["backbone.dtype=bfloat16", "backbone.quantization.kind=nf4"],
         "nf4-calibrated": CASES["nf4-calibrated"],
+        "contrast": CASES["contrast"],
+        "nf4-contrast": CASES["nf4-contrast"],
         "validated": ["data.validation_fraction=0.25", "training.eval_steps=3"],
     }.items():
         train(load_recipe(toy, [f"training.output_dir={folder / name}", "training.save_steps=4", *options]))
@@ -81,6 +83,7 @@ def one_process(toy: Path) -> Path:
         ("M1", "M1"),
         ("lora", "lora"),
         ("calibrated", "calibrated"),
+        ("contrast", "contrast"),
         ("validated", "validated"),
         ("checkpointing", "plain"),
         ("checkpointing-forward", "forward"),
@@ -111,7 +114,7 @@ def test_validation_during_training_is_the_same_on_two_ranks(
     assert together == pytest.approx(alone, rel=2e-5)
 
 
-@pytest.mark.parametrize("name", ["nf4", "nf4-calibrated"])
+@pytest.mark.parametrize("name", ["nf4", "nf4-calibrated", "nf4-contrast"])
 def test_two_ranks_train_on_4_bit_weights(
     toy: Path, two_ranks: dict[str, object], one_process: Path, name: str
 ) -> None:

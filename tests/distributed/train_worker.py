@@ -21,6 +21,13 @@ from secura_ds.recipe import load_recipe
 from secura_ds.training import RunSummary, callbacks, train
 
 LORA = 'adapter={"method":"lora","rank":3,"target_modules":["q_proj"]}'
+CONTRAST = [
+    "adapter.selection=calibrated",
+    "adapter.calibration.mode=contrast",
+    "adapter.calibration.num_tokens=320",
+    "adapter.init=orthonormal",
+    "adapter.smagnorm.apply=forward",
+]
 CASES: dict[str, list[str]] = {
     "zero3": [],
     "zero2": ["training.deepspeed=zero2.json"],
@@ -41,6 +48,8 @@ CASES: dict[str, list[str]] = {
     "checkpointing-forward": ["training.gradient_checkpointing=true", "adapter.smagnorm.apply=forward"],
     "validated": ["data.validation_fraction=0.25", "training.eval_steps=3"],
     "calibrated": ["adapter.selection=calibrated", "adapter.calibration.num_tokens=320"],
+    "contrast": CONTRAST,
+    "nf4-contrast": [*CONTRAST, "backbone.dtype=bfloat16", "backbone.quantization.kind=nf4"],
 }
 CONFIGURATIONS = sorted((Path(__file__).resolve().parents[2] / "recipes" / "deepspeed").glob("*.json"))
 CASES |= {f"shipped {path.stem}": [f"training.deepspeed={path}"] for path in CONFIGURATIONS}

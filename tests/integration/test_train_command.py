@@ -236,12 +236,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert json.loads(Path("run/run.json").read_text())["status"] == "stopped"
 
 
-@pytest.mark.parametrize("selection", ["least", "calibrated"])
+CALIBRATED = ["adapter.selection=calibrated", "adapter.calibration.num_tokens=320"]
+
+
+@pytest.mark.parametrize(
+    "chosen", [["adapter.selection=least"], CALIBRATED, [*CALIBRATED, "adapter.calibration.mode=contrast"]]
+)
 def test_damaged_factors_are_chosen_anew_and_must_be_the_same(
-    run: Run, selection: str, caplog: pytest.LogCaptureFixture
+    run: Run, chosen: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = ["training.save_steps=4", f"adapter.selection={selection}"]
-    options += ["adapter.calibration.num_tokens=320"] if selection == "calibrated" else []
+    options = ["training.save_steps=4", *chosen]
     assert run("whole", *options) == 0
     shutil.copytree("whole", "cut")
     shutil.rmtree("cut/checkpoints/step-000007")

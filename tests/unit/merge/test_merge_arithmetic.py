@@ -56,6 +56,19 @@ def test_apply_never_adds_the_whole_update(base: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(got, expected, rtol=2**-8, atol=1e-6)
 
 
+CONTRAST = {"selection": "calibrated", "calibration": {"mode": "contrast"}}
+
+
+def test_a_c_that_is_no_piece_of_the_weight(base: Path, tmp_path: Path) -> None:
+    adapter = make_secura(tmp_path / "adapter", base, **CONTRAST)
+    quick(base, adapter, tmp_path / "out")
+    before, after = weights(base), weights(tmp_path / "out")
+    for module in TARGETS:
+        expected = secura_reference(before[f"{module}.weight"], adapter, module, eps=1e-10)
+        assert torch.equal(after[f"{module}.weight"], expected)
+        assert not torch.equal(before[f"{module}.weight"], expected)
+
+
 def test_m1_starts_from_the_folded_weight(base: Path, tmp_path: Path) -> None:
     adapter = make_secura(tmp_path / "adapter", base, strategy="M1", folded=True)
     folded = {module: weights(base)[f"{module}.weight"] * 1.5 for module in TARGETS}

@@ -45,6 +45,13 @@ def test_refuses_other_weights_of_the_same_shape(adapter: Path, tmp_path: Path) 
     refused(other, adapter, tmp_path / "out", r"q_proj\.secura_C is not a piece of the base's weight")
 
 
+def test_refuses_weights_that_the_sample_is_not_of(base: Path, tmp_path: Path) -> None:
+    contrast = {"selection": "calibrated", "calibration": {"mode": "contrast"}}
+    adapter = make_secura(tmp_path / "adapter", base, **contrast)
+    other = make_base(tmp_path / "other", seed=5)
+    refused(other, adapter, tmp_path / "out", r"q_proj\.secura_sample is not a piece of the base's weight")
+
+
 def test_accepts_a_wider_base_than_training_held(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", dtype=torch.float32)
     held = {name: W.bfloat16() for name, W in weights(base).items()}
