@@ -12,7 +12,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from secura_ds import save_adapter
-from secura_ds.backbones import check_targets, load_model
+from secura_ds.backbones import check_targets, load_model, load_tokenizer
 from secura_ds.evaluation.task import end_tokens
 from secura_ds.merge import merge
 from secura_ds.recipe import Recipe, SecuraAdapter, load_recipe
@@ -31,6 +31,13 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint folder for each backbone."""
     folder = tmp_path_factory.mktemp("toys")
     return {name: save_backbone(name, folder / name) for name in BACKBONES}
+
+
+def _examples(tokens: dict[str, torch.Tensor]) -> list[dict[str, list[int]]]:
+    """The rows without padding, as training takes them."""
+    pairs = zip(tokens["input_ids"], tokens["attention_mask"].bool(), strict=True)
+    rows = [ids[real].tolist() for ids, real in pairs]
+    return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 
 def _train_two_steps(model: PeftModel, recipe: Recipe, tokens: dict[str, torch.Tensor]) -> list[float]:
@@ -94,9 +101,9 @@ def test_recipe_trains_and_merges_on_a_toy(path: Path, toys: dict[str, Path], tm
         ],
     )
     assert isinstance(recipe.adapter, SecuraAdapter)
-    adapted, tokenizer = build_model(recipe)
+    tokens = tokens_of(load_tokenizer(recipe.backbone))
+    adapted, tokenizer = build_model(recipe, examples=_examples(tokens))
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    tokens = tokens_of(tokenizer)
     plain = load_model(recipe.backbone)
     linear = {name: module for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
     four_bit = {name for name, module in linear.items() if is_quantized(module)}
