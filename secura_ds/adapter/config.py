@@ -32,7 +32,9 @@ _FORMS = ("update", "average")
 _MODES = ("null", "rows", "project", "whiten", "contrast")
 
 _SMAGNORM: dict[str, Any] = {"apply": "merge", "form": "update", "steepness": 6.0, "eps": 1e-10}
-_CALIBRATION: dict[str, Any] = {"mode": "null", "text": None, "num_tokens": 7680, "energy": 0.9, "seed": 0}
+_CALIBRATION: dict[str, Any] = {
+    "mode": "null", "text": None, "num_tokens": 7680, "energy": 0.9, "floor": 0.03, "seed": 0,
+}  # fmt: skip
 
 
 @dataclass
@@ -64,7 +66,7 @@ class SecuraConfig(PeftConfig):
     )
     calibration: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "mode, text, num_tokens, energy, seed; for selection 'calibrated'"},
+        metadata={"help": "mode, text, num_tokens, energy, floor, seed; for selection 'calibrated'"},
     )
     seed: int = field(default=0, metadata={"help": "seed of sampled selection and orthogonal init"})
     target_modules: list[str] | str | None = field(
@@ -193,9 +195,10 @@ def _calibration(given: Mapping[str, Any]) -> dict[str, Any]:
     _check_choice("calibration.mode", result["mode"], _MODES)
     _check_integer("calibration.num_tokens", result["num_tokens"], 1)
     _check_integer("calibration.seed", result["seed"], 0)
-    energy = result["energy"]
-    if not isinstance(energy, float) or not 0 < energy < 1:
-        raise UserError(f"calibration.energy is {energy!r}: a number between 0 and 1")
+    for name in ("energy", "floor"):
+        share = result[name]
+        if not isinstance(share, float) or not 0 < share < 1:
+            raise UserError(f"calibration.{name} is {share!r}: a number between 0 and 1")
     if result["text"] is not None and not isinstance(result["text"], str):
         raise UserError(f"calibration.text is {result['text']!r}: a file name or null")
     return result

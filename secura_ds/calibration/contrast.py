@@ -97,6 +97,7 @@ def _factors(
     name: str, general: Sensitivity, task: Sensitivity, num_layers: int, config: SecuraConfig
 ) -> tuple[Tensor, Tensor]:
     r = by_layer(config.rank_pattern, name, config.cur_rank)
-    R = calibrated.contrast(task.inputs, general.inputs, r).T.contiguous()
-    C = calibrated.contrast(task.gradients[name], general.gradients[name], r)
+    floor = config.calibration["floor"]
+    R = calibrated.contrast(task.inputs, general.inputs, r, floor).T.contiguous()
+    C = calibrated.contrast(task.gradients[name], general.gradients[name], r, floor)
     return R, C.mul_(calibrated.contrast_scale(r, num_layers))

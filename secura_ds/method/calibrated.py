@@ -26,7 +26,7 @@ Mode = Literal["null", "rows", "project", "whiten", "contrast"]
 _WHITEN_FLOOR = 0.01
 # Root of the loss, in nats a token times two, that all layers' updates of norm 1 cost together. It only sets
 # the unit of learning rates: with it they lie where those of LoRA do.
-_CONTRAST_SCALE = 5.0
+_CONTRAST_SCALE = 10.0
 
 
 class Spectrum(NamedTuple):
@@ -106,21 +106,22 @@ def whiten(rows: Tensor, spectrum: Spectrum) -> Tensor:
     return ((rows @ V) * (spectrum.values + floor).rsqrt()) @ V.T
 
 
-def contrast(task: Tensor, general: Tensor, rank: int) -> Tensor:
+def contrast(task: Tensor, general: Tensor, rank: int, floor: float = 0.03) -> Tensor:
     """The `rank` directions of largest (x^T task x) / (x^T general x), in columns: X (n, rank) in fp32.
 
-    Generalised eigenvectors, largest ratio first, with X^T (general + floor) X = 1, the floor being 0.01 of
-    general's mean eigenvalue.
+    Generalised eigenvectors, largest ratio first, with X^T (general + floor) X = 1.
 
     Args:
         task, general: second moments (n, n) of the same inputs or gradients.
+        floor: as a share of general's mean eigenvalue; general text is taken to need every direction that
+            much, since what it seldom calls for lies there, too.
 
     Raises:
         ValueError: `rank` is out of bounds, or a moment is not square, not finite, or all zero.
     """
     check_rank(rank, *general.shape)
     spectrum = decompose(general)
-    whitening = spectrum.vectors * (spectrum.values + _WHITEN_FLOOR * spectrum.values.mean()).rsqrt()
+    whitening = spectrum.vectors * (spectrum.values + floor * spectrum.values.mean()).rsqrt()
     ratios = decompose(whitening.T @ task.to(whitening.dtype) @ whitening)
     X = whitening @ ratios.vectors[:, -rank:].flip(1)
     return X.float().contiguous()

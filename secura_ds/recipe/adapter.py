@@ -64,6 +64,8 @@ class Calibration(CalibrationText):
     gradient as well, and of general text against the task."""
     energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Share of the activations' energy that mode `project` keeps clear of."""
+    floor: Annotated[float, Field(gt=0, lt=1)] = 0.03
+    """What mode `contrast` takes general text to need of every direction, as a share of the mean."""
 
 
 class SMagNorm(Section):

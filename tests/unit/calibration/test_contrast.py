@@ -59,7 +59,7 @@ def moment(seed: int, n: int = 12, samples: int = 40) -> Tensor:
 def test_directions_are_generalised_eigenvectors_of_largest_ratio() -> None:
     task, general = moment(1), moment(2)
     X = contrast(task, general, 5).double()
-    floored = general + 0.01 * torch.linalg.eigvalsh(general).mean() * torch.eye(12, dtype=torch.float64)
+    floored = general + 0.03 * torch.linalg.eigvalsh(general).mean() * torch.eye(12, dtype=torch.float64)
     torch.testing.assert_close(X.T @ floored @ X, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-5)
     ratios = torch.linalg.eigvals(torch.linalg.solve(floored, task)).real.sort(descending=True).values
     torch.testing.assert_close((X.T @ task @ X).diag(), ratios[:5], rtol=1e-5, atol=0)
@@ -73,7 +73,7 @@ def test_the_directions_cost_what_they_are_said_to() -> None:
     X = torch.randn(6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     D = C @ X @ R
     cost = float(torch.trace(output @ D @ S @ D.T))
-    assert cost == pytest.approx(float(X.square().sum()), rel=0.3)
+    assert cost == pytest.approx(float(X.square().sum()), rel=0.5)
     assert cost < float(X.square().sum())  # the floor makes directions cost less than it says
     wide, deep = contrast_scale(8, 4), contrast_scale(4, 16)
     assert wide * 8 * 4**0.5 == pytest.approx(deep * 4 * 16**0.5)
