@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RECIPE := recipes/smollm2-135m.json
 RUN := runs/smollm2-135m
-LORA := --set training.output_dir=$(RUN)-lora \
+LORA := --set training.output_dir=$(RUN)-lora --set training.learning_rate=0.002 \
 	--set 'adapter={"method": "lora", "rank": 13, "alpha": 26, "target_modules": ["q_proj", "v_proj"]}'
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
