@@ -31,9 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     set_up_console()
     recipe = load_sequence_recipe(options.recipe, options.set)
-    summary = run_sequences(
-        recipe, resume=options.resume, overwrite=options.overwrite, share=options.share
-    )
+    summary = run_sequences(recipe, resume=options.resume, overwrite=options.overwrite, share=options.share)
     if is_main_process():
         diverged = f", {summary.diverged} diverged" if summary.diverged else ""
         print(f"{summary.finished} of {summary.planned} sequences finished{diverged}")
