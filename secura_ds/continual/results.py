@@ -70,7 +70,7 @@ def _sequence(
     run = _read(places[0].run / "run.json") if stages else {}
     return {
         "label": sequence.label,
-        "entry": sequence.entry.name,
+        "entry": _entry_name(sequence),
         "method": sequence.entry.adapter.method,
         "strategy": sequence.entry.strategy.kind,
         "order": sequence.order,
@@ -86,6 +86,12 @@ def _sequence(
         "stages": stages,
         "metrics": sequence_metrics(before, stages, tasks, probes, sequence.order) if finished else None,
     }
+
+
+def _entry_name(sequence: Sequence) -> str:
+    """The entry's name, with the rate where it has several: results tell these apart."""
+    name, rates = sequence.entry.name, sequence.entry.learning_rates
+    return name if len(rates) == 1 else f"{name}, {sequence.learning_rate:g}"
 
 
 def diverged_mark(folder: Path, sequence: Sequence) -> Path:
