@@ -66,6 +66,10 @@ def settings_of(place: Path, run: str) -> tuple[str, list[str]]:
         "adapter.cur_rank=7",
         "adapter.inner_rank=9",
         "adapter.fold_every=2",
+        # At the high rate that five bfloat16 steps need to show. `test_train` has contrast on two ranks.
+        'adapter.calibration.mode="null"',
+        "adapter.init=block",
+        'adapter.smagnorm={"apply": "forward", "eps_relative": 1.0}',
         f"adapter.calibration.text={place / 'text.jsonl'}",
         "adapter.calibration.num_tokens=640",
         f'data.sources=[{{"path":"{place / "rows.jsonl"}"}}]',
