@@ -114,7 +114,7 @@ def strategies() -> dict[str, dict[str, Any]]:
     return {
         "seq": {"kind": "seq"},
         "er": {"kind": "er", "buffer_size": 6, "per_step": 2},
-        "ewc": {"kind": "ewc", "penalty": 5e4, "fisher_examples": 4},
-        "online": {"kind": "ewc", "penalty": 5e4, "fisher_examples": 4, "online": True},
+        "ewc": {"kind": "ewc", "penalty": 50.0, "fisher_examples": 4},
+        "online": {"kind": "ewc", "penalty": 50.0, "fisher_examples": 4, "online": True},
         "i-lora": {"kind": "i-lora", "buffer_size": 6, "per_step": 2, "ema_decay": 0.5},
     }

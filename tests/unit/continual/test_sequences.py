@@ -35,7 +35,11 @@ CONTRAST = SECURA | {
 }
 LORA = {"method": "lora", "rank": 3, "target_modules": ["q_proj"]}
 ENTRIES = [
-    *({"name": kind, "adapter": SECURA, "strategy": s} for kind, s in strategies().items()),
+    # A penalty strong enough to show in three steps.
+    *(
+        {"name": kind, "adapter": SECURA, "strategy": s | ({"penalty": 5e4} if s["kind"] == "ewc" else {})}
+        for kind, s in strategies().items()
+    ),
     {"name": "folded", "adapter": M1, "strategy": strategies()["er"]},
     {"name": "lora", "adapter": LORA, "strategy": strategies()["ewc"]},
     {"name": "contrast", "adapter": CONTRAST},
