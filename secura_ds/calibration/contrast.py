@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from secura_ds import sharding
 from secura_ds.adapter.config import SecuraConfig, by_layer
 from secura_ds.calibration.moments import InputGroup, owners, within_memory
-from secura_ds.calibration.ranks import broadcast, raise_together, rank_and_world, turns
+from secura_ds.calibration.ranks import broadcast, raise_together, turns
 from secura_ds.calibration.sensitivity import Batch, Sensitivity, sensitivities
 from secura_ds.method import calibrated
 
@@ -38,7 +37,7 @@ def contrast_factors(
     Raises:
         UserError: an unknown family; a layer that general text or the task does not reach.
     """
-    rank, _ = rank_and_world()
+    device = general[0].ids.device
 
     def widths(group: InputGroup) -> list[int]:
         return 2 * [group.leader.in_features, *(layers[name].out_features for name in group.names)]
@@ -51,9 +50,9 @@ def contrast_factors(
         for run in runs:
             owner = owners(run)
             of_text, of_task = (
-                sensitivities(model, run, layers, owner, batches, rank, bar) for batches in (general, task)
+                sensitivities(model, run, layers, owner, batches, bar) for batches in (general, task)
             )
-            _solve(run, owner, of_text, of_task, layers, config, (inputs, outputs), bar)
+            _solve(run, owner, of_text, of_task, layers, config, (inputs, outputs), device, bar)
     return inputs, outputs
 
 
@@ -65,6 +64,7 @@ def _solve(
     layers: Mapping[str, nn.Linear],
     config: SecuraConfig,
     found: tuple[dict[str, Tensor], dict[str, Tensor]],
+    device: torch.device,
     bar: tqdm,
 ) -> None:
     """Add the factors of every layer of `groups` to `found`: computed where its moments lie, then sent.
@@ -85,7 +85,6 @@ def _solve(
     for group, source in zip(groups, owner, strict=True):
         for name in group.names:
             layer, r = layers[name], by_layer(config.rank_pattern, name, config.cur_rank)
-            device = layer.weight.device if not sharding.is_sharded(layer.weight) else None
             shapes = (r, layer.in_features), (layer.out_features, r)
             for place, shape, i in zip(found, shapes, (0, 1), strict=True):
                 factor = solved[name][i] if name in solved else torch.zeros(shape, device=device)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from secura_ds import sharding
 from secura_ds.backbones.head import computes_summed_loss, summed_cross_entropy
 from secura_ds.calibration.moments import FORWARD_BATCH, InputGroup, add_products, symmetric
-from secura_ds.calibration.ranks import sum_to, turns
+from secura_ds.calibration.ranks import rank_and_world, sum_to, turns
 from secura_ds.data.encoding import IGNORED
 from secura_ds.errors import UserError
 
@@ -87,7 +87,6 @@ def sensitivities(
     layers: Mapping[str, nn.Linear],
     owner: Sequence[int],
     batches: Sequence[Batch],
-    rank: int,
     bar: tqdm,
 ) -> list[Sensitivity | None]:
     """S and F of each group on the rank that owns it, None elsewhere. Collective: the ranks share batches.
@@ -98,6 +97,7 @@ def sensitivities(
     Raises:
         UserError: of this model's family it is not known what comes between its blocks and its loss.
     """
+    rank, _ = rank_and_world()
     blocks = decoder_blocks(model)
     device = batches[0].ids.device
     of_inputs = {g.names[0]: _zeros(g.leader.in_features, device) for g in groups}

@@ -71,7 +71,8 @@ def run_sequences(
         sequences = sequences[share.number - 1 :: share.of]
         if not sequences:
             raise UserError(
-                f"--share {share.number}/{share.of}: the recipe has too few sequences for so many"
+                f"--share {share.number}/{share.of}: the recipe has too few sequences for so many parts: "
+                "divide them by less"
             )
     tokenizer = load_tokenizer(recipe.backbone)
     tasks = load_tasks(recipe.tasks, [recipe.resolve_path(path) for path in recipe.task_folders])

@@ -54,9 +54,7 @@ def calibrating(subject: Subject) -> int:
     if not isinstance(adapter, CabrSettings) or adapter.selection != "calibrated":
         return 0
     writing = 0 if adapter.calibration.text else _writing(subject)
-    measuring = _measuring(subject)
-    if adapter.calibration.mode == "contrast":
-        measuring = _differentiating(subject)
+    measuring = _differentiating(subject) if adapter.contrasts else _measuring(subject)
     return _backbone(subject) + max(writing, measuring, _solving(subject))
 
 
@@ -221,7 +219,7 @@ def _whole(subject: Subject, *, keep: int) -> int:
 def _moments(subject: Subject) -> list[list[int]]:
     """Widths of the moments of each distinct input of adapted layers; for contrast those of outputs, too."""
     adapter = subject.recipe.adapter
-    contrasts = isinstance(adapter, CabrSettings) and adapter.calibration.mode == "contrast"
+    contrasts = isinstance(adapter, CabrSettings) and adapter.contrasts
     seen: dict[tuple[str, frozenset[str]], list[int]] = {}
     for name, layer in secura_layers(subject.model).items():
         parent, _, own = name.rpartition(".")

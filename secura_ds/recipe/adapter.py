@@ -134,6 +134,11 @@ class CabrSettings(AdapterTargets):
     inner_rank_pattern: Ranks = {}
     """Other values of `inner_rank`, by module name."""
 
+    @property
+    def contrasts(self) -> bool:
+        """Whether calibration takes C as well as R, and looks at the task."""
+        return self.selection == "calibrated" and self.calibration.mode == "contrast"
+
 
 class SecuraAdapter(CabrSettings):
     """SECURA: CABR-LoRA under S-MagNorm."""

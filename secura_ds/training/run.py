@@ -268,9 +268,7 @@ def _make_trainer(
 def _chooses_anew(recipe: Recipe) -> bool:
     """Whether each task of a sequence gets factors of its own, as M1 leaves nothing in the last task's."""
     adapter = recipe.adapter
-    if not isinstance(adapter, CabrSettings) or adapter.selection != "calibrated":
-        return False
-    return adapter.calibration.mode == "contrast" and adapter.strategy == "M1"
+    return isinstance(adapter, CabrSettings) and adapter.contrasts and adapter.strategy == "M1"
 
 
 def _beginning(stage: Stage, start: Path | None) -> Callable[[nn.Module], None] | None:
@@ -289,7 +287,10 @@ def _last_of(folder: Path | None) -> Path | None:
         return None
     found = files.latest(folder / "checkpoints")
     if found is None:
-        raise UserError(f"{folder} has no whole checkpoint to go on from: delete it, to train it again")
+        raise UserError(
+            f"{folder} has no whole checkpoint to go on from: delete the folder of its sequence, to train it "
+            "again"
+        )
     return found
 
 

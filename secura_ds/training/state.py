@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from secura_ds import sharding
 from secura_ds.adapter import secura_layers
 from secura_ds.environment import is_main_process, rank, world_size
-from secura_ds.errors import UserError
+from secura_ds.errors import UserError, first_line
 from secura_ds.ranks import from_all
 from secura_ds.training.checkpoint import Checkpoint
 from secura_ds.training.model import accumulators, secura_config, trainable
@@ -142,11 +142,14 @@ def begin_with_weights(model: nn.Module, adapter: Path) -> None:
         with safe_open(str(path), framework="pt") as file:
             if missing := sorted(keys.keys() - set(file.keys())):
                 raise UserError(
-                    f"{path} lacks {missing[0]}: delete the folder of this task, to train it again"
+                    f"{path} lacks {missing[0]}: delete the folder of its sequence, to train that again"
                 )
             _restore_folded(model, ((name, file.get_tensor(key)) for key, name in keys.items()))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}): delete its task's folder") from error
+        reason = first_line(error)
+        raise UserError(
+            f"{path} is missing or damaged ({reason}): delete the folder of its sequence, to train that again"
+        ) from error
     for layer in secura_layers(model).values():
         layer.forget()
 

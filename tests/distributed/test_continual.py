@@ -24,14 +24,22 @@ SECURA = {"method": "secura", "cur_rank": 7, "inner_rank": 9, "smagnorm": {"appl
 ENTRIES = [
     *({"name": k, "adapter": SECURA, "strategy": strategies()[k]} for k in ("ewc", "i-lora")),
     {"name": "folded", "adapter": SECURA | {"strategy": "M1", "fold_every": 2}, "strategy": {"kind": "seq"}},
-]
+    {
+        "name": "contrast",
+        "adapter": SECURA | {
+            "strategy": "M1", "selection": "calibrated", "init": "orthonormal",
+            "calibration": {"mode": "contrast", "num_tokens": 320},
+        },
+        "learning_rates": [0.002],
+    },
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One rank's results in `one`, those of two ranks beside them, and the worker's account."""
     folder = tmp_path_factory.mktemp("sequences")
-    entries = [entry | {"learning_rates": [0.01]} for entry in ENTRIES]
+    entries = [{"learning_rates": [0.01]} | entry for entry in ENTRIES]
     path = write_sequence_toy(folder, entries=entries, tasks=["sums", "sizes"])
     options = [f"output_dir={folder / 'one'}", "training.gradient_accumulation_steps=2"]
     assert run_sequences(load_sequence_recipe(path, options)).finished == len(ENTRIES)

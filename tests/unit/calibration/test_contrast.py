@@ -140,7 +140,7 @@ def test_block_by_block_is_the_plain_backward_pass(family: PretrainedConfig | No
     layers = target_layers(model, config_of())
     groups = input_groups(model.base_model, layers, batches[0].ids)
     with frozen(model), tqdm(disable=True) as bar:
-        found = sensitivity.sensitivities(model, groups, layers, [0] * len(groups), batches, 0, bar)
+        found = sensitivity.sensitivities(model, groups, layers, [0] * len(groups), batches, bar)
     expected = direct(model, batches)
     for group, of_group in zip(groups, found, strict=True):
         assert of_group is not None
@@ -223,7 +223,7 @@ def test_4_bit_weights_are_calibrated_and_left_as_they_are(tmp_path: Path) -> No
     layers = target_layers(model, config_of())
     groups = input_groups(model.base_model, layers, batches[0].ids)
     with frozen(model), tqdm(disable=True) as bar:
-        found = sensitivity.sensitivities(model, groups, layers, [0] * len(groups), batches, 0, bar)
+        found = sensitivity.sensitivities(model, groups, layers, [0] * len(groups), batches, bar)
     plain = toy_llama().requires_grad_(False)
     for name, layer in layers.items():  # what 4-bit layers compute with
         plain.get_submodule(name).weight.copy_(dequantized(layer))

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from continual_toys import TASKS, strategies, write_sequence_toy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_toys import adapter, losses
 
+from launch.continual import main
 from secura_ds.adapter import load_adapter
 from secura_ds.backbones import load_model, load_tokenizer
 from secura_ds.continual import SequencesSummary, Share, run_sequences
@@ -189,7 +190,7 @@ class Interruption:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["er", "ewc", "i-lora", "folded"])
+@pytest.mark.parametrize("name", ["er", "ewc", "i-lora", "folded", "contrast"])
 def test_an_interrupted_sequence_is_the_uninterrupted_one(
     name: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,8 +289,45 @@ def test_processes_that_share_the_sequences_fill_one_folder(whole: Path, tmp_pat
         if sequence["label"] in expected:
             same = expected[sequence["label"]] | {"entry": sequence["entry"]}
             assert timeless(sequence) == timeless(same)
-    with pytest.raises(UserError, match="--share 4/4: the recipe has too few sequences"):
+    with pytest.raises(
+        UserError, match="--share 4/4: the recipe has too few sequences .*: divide them by less"
+    ):
         run_sequences(load(tmp_path), resume=True, share=Share(4, 4))
+
+
+@pytest.mark.parametrize("given", ["0/2", "3/2", "2", "1/x", "-1/2", ""])
+def test_a_share_that_is_none_is_said(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["recipe.json", f"--share={given}"])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"launch/continual.py: error: argument --share: {given!r} is no part such as 1/4"
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "without"])
+def test_weights_that_an_earlier_task_has_not_left_whole_are_named(
+    whole: Path, tmp_path: Path, damage: str
+) -> None:
+    """Contrast under M1 begins a task with the weights in the last task's adapter."""
+    recipe = load(tmp_path, entries=[entry("contrast")])
+    shutil.copytree(whole / "results", tmp_path / "results")
+    folder = tmp_path / "results" / "sequences" / "contrast-lr0.01-order1-seed0"
+    shutil.rmtree(folder / "stages" / "02-names")
+    (folder / "scores" / "02-names.json").unlink()
+    path = folder / "stages" / "01-sums" / "adapter" / "adapter_model.safetensors"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-10])
+    else:
+        save_file({n: value for n, value in load_file(path).items() if not n.endswith("_W")}, path)
+    resolved = tmp_path / "results" / "recipe.resolved.json"
+    resolved.write_text(json.dumps(recipe.resolved()))
+    with pytest.raises(UserError, match=r"01-sums.*: delete the folder of its sequence") as error:
+        run_sequences(recipe, resume=True)
+    assert "\n" not in str(error.value)
+    shutil.rmtree(folder)
+    assert run_sequences(recipe, resume=True).finished == 1
 
 
 def test_a_sequence_that_diverges_does_not_end_the_others(
