@@ -74,6 +74,7 @@ def measure(strategy: str, steps: int, save_steps: int) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         values = [f"training.output_dir={folder}/run", f"training.max_steps={steps}"]
+        values += ["backbone.dtype=bfloat16"]
         values += [
             f"training.save_steps={save_steps}",
             f"adapter.strategy={strategy}",

@@ -58,6 +58,7 @@ COMMON = [
     "backbone.attention=sdpa",
     "training.micro_batch_size=2",
     "training.max_steps=3",
+    "backbone.dtype=bfloat16",
     "training.report_to=[]",
 ]
 CASES: dict[str, tuple[int, list[str]]] = {

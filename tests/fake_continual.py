@@ -49,16 +49,17 @@ def make_continual(
 
 def make_frontier(
     folder: Path, *, methods: int = 3, rates: Sequence[float] = (1e-4, 3e-4, 1e-3), name: str = "frontier",
-    seeds: int = 1,
+    seeds: int = 1, tasks: int = 1,
 ) -> Path:  # fmt: skip
-    """Write the results of a sweep of learning rates on one task: every rate is an entry of its own."""
+    """Write the results of a sweep of learning rates on single tasks: every rate is an entry of its own."""
     plan = [
-        ((method, "seq", rate), [TASKS[0]], seed)
+        ((method, "seq", rate), [task], seed)
         for method in METHODS[:methods]
         for rate in rates
+        for task in TASKS[:tasks]
         for seed in range(seeds)
     ]
-    return _write_results(folder, name, [TASKS[0]], plan, 0, True)
+    return _write_results(folder, name, list(TASKS[:tasks]), plan, 0, True)
 
 
 def _write_results(

@@ -6,7 +6,8 @@ needs such a score is None, and one that needs such an error has the error None.
 
 Nearly every metric is a weighted sum of scores. Scores of one task come from the same items, so their errors
 go together, and nobody recorded how far. Of no correlation and a full one, that with the larger error is
-taken: for a difference the root of the summed squares, for a sum the plain sum. Tasks are independent.
+taken: for a difference the root of the summed squares, for a sum the plain sum. Tasks are independent. A
+probe's change is recorded with the error of its paired items.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+
+from secura_ds.evaluation.metrics import bootstrap_stderr
 
 CLEAR = 2.0
 """A probe must stand this many standard errors above chance before a retention ratio means anything."""
@@ -189,12 +192,17 @@ def final_gain(matrix: ScoreMatrix) -> Estimate | None:
     return _difference(matrix, [(length, j, 0) for j in range(length)])
 
 
-def retention(before: Estimate, after: Estimate, chance: float = 0.0) -> Estimate | None:
+def retention(
+    before: Estimate, after: Estimate, chance: float = 0.0, *, paired: float | None = None
+) -> Estimate | None:
     """The part of a probe's score above chance that is left: (after - chance) / (before - chance).
 
     With chance 0 it is the raw ratio. None where the score before is not above chance by `CLEAR` standard
-    errors: a ratio to noise means nothing. The error is a ratio's of independent numbers, to first order, a
-    bound from above for the same items.
+    errors: a ratio to noise means nothing. The error is a ratio's, to first order.
+
+    Args:
+        paired: standard error of after - before over the same items, from which follows how far both go
+            together; without it they are taken as independent, mostly a bound from above.
     """
     base = before.value - chance
     if base <= CLEAR * (before.stderr or 0.0):
@@ -202,12 +210,24 @@ def retention(before: Estimate, after: Estimate, chance: float = 0.0) -> Estimat
     ratio = (after.value - chance) / base
     if before.stderr is None or after.stderr is None:
         return Estimate(ratio)
-    return Estimate(ratio, math.hypot(after.stderr, ratio * before.stderr) / base)
+    variance = after.stderr**2 + (ratio * before.stderr) ** 2
+    if paired is not None:
+        variance -= ratio * (before.stderr**2 + after.stderr**2 - paired**2)
+    return Estimate(ratio, math.sqrt(max(variance, 0.0)) / base)
 
 
-def change(before: Estimate, after: Estimate) -> Estimate:
-    """after - before: of a probe's score, or of a text's mean token loss in nats (above 0: it got worse)."""
-    return Estimate(after.value - before.value, _joined([after.stderr, before.stderr]))
+def change(before: Estimate, after: Estimate, *, paired: float | None = None) -> Estimate:
+    """after - before: of a probe's score, or of a text's mean token loss in nats (above 0: it got worse).
+
+    Its error is `paired` where that is known, else that of independent numbers.
+    """
+    error = _joined([after.stderr, before.stderr]) if paired is None else paired
+    return Estimate(after.value - before.value, error)
+
+
+def paired_stderr(before: Sequence[float], after: Sequence[float]) -> float:
+    """Bootstrap standard error of the mean of after - before, each (items,), the same items in both."""
+    return bootstrap_stderr(np.array(after, dtype=float) - np.array(before, dtype=float))
 
 
 def mean_estimate(estimates: Sequence[Estimate]) -> Estimate | None:
@@ -292,15 +312,19 @@ def sequence_metrics(
 def _probe_metrics(
     before: Mapping[str, Any], last: Mapping[str, Any], probe: Mapping[str, Any]
 ) -> dict[str, Estimate | None]:
-    old, new = (_estimate((side.get("probes") or {}).get(probe["name"])) for side in (before, last))
-    difference = change(old, new) if old and new else None
+    sides = [(side.get("probes") or {}).get(probe["name"]) for side in (before, last)]
+    old, new = map(_estimate, sides)
+    paired = (sides[1] or {}).get("change_stderr")
+    difference = change(old, new, paired=paired) if old and new else None
     if probe["kind"] == "text_loss":
         return {"change": difference}
     chance = probe.get("chance")
     return {
         "change": difference,
-        "retention": retention(old, new, chance) if old and new and chance is not None else None,
-        "raw_ratio": retention(old, new) if old and new else None,
+        "retention": retention(old, new, chance, paired=paired)
+        if old and new and chance is not None
+        else None,
+        "raw_ratio": retention(old, new, paired=paired) if old and new else None,
     }
 
 

@@ -14,14 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_ds.continual import metrics
 from secura_ds.continual.metrics import Estimate
 from secura_ds.errors import UserError
 from secura_ds.evaluation import evaluate as run_probes
-from secura_ds.evaluation.metrics import bootstrap_stderr
 from secura_ds.recipe import EvaluationRecipe, Probe
 from secura_ds.tasks import load_tasks, score_tasks
 
@@ -98,14 +96,14 @@ def retention(
 def _compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     key = "score" if "score" in before else "mean_token_loss"
     first, second = (Estimate(side[key], side["stderr"]) for side in (before, after))
-    paired = np.array(after["items"], dtype=float) - np.array(before["items"], dtype=float)
+    paired = metrics.paired_stderr(before["items"], after["items"])
     account: dict[str, Any] = {
         "before": _plain(first),
         "after": _plain(second),
-        "change": {"value": second.value - first.value, "stderr": bootstrap_stderr(paired)},
+        "change": _plain(metrics.change(first, second, paired=paired)),
     }
     if key == "score":
-        account["retention"] = _plain(metrics.retention(first, second, before["chance"]))
+        account["retention"] = _plain(metrics.retention(first, second, before["chance"], paired=paired))
     return account
 
 

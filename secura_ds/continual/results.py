@@ -7,7 +7,7 @@ from collections.abc import Sequence as Sequences
 from pathlib import Path
 from typing import Any
 
-from secura_ds.continual.metrics import sequence_metrics
+from secura_ds.continual.metrics import paired_stderr, sequence_metrics
 from secura_ds.continual.places import StagePlaces, sequence_folder, stage_places, task_files
 from secura_ds.files import atomic_write_json
 from secura_ds.recipe import Sequence, SequenceRecipe
@@ -37,7 +37,7 @@ def write_results(recipe: SequenceRecipe, tasks: Sequences[Task], folder: Path) 
         for name, found in before["probes"].items()
     ]
     shown = _shown(before)
-    found = [_sequence(sequence, folder, shown, named, probes) for sequence in recipe.sequences()]
+    found = [_sequence(sequence, folder, before, named, probes) for sequence in recipe.sequences()]
     document = {
         "format": FORMAT,
         "name": recipe.name,
@@ -61,7 +61,7 @@ def _sequence(
 ) -> dict[str, Any]:
     places = [stage_places(folder, sequence, number) for number in range(len(sequence.order))]
     stages = [
-        _stage(task, place)
+        _stage(task, place, before)
         for task, place in zip(sequence.order, places, strict=True)
         if place.scores.is_file()
     ]
@@ -84,7 +84,9 @@ def _sequence(
         "buffer_examples": max(map(_lines, buffers), default=0),
         "buffer_bytes": max((path.stat().st_size for path in buffers), default=0),
         "stages": stages,
-        "metrics": sequence_metrics(before, stages, tasks, probes, sequence.order) if finished else None,
+        "metrics": sequence_metrics(_shown(before), stages, tasks, probes, sequence.order)
+        if finished
+        else None,
     }
 
 
@@ -99,11 +101,11 @@ def diverged_mark(folder: Path, sequence: Sequence) -> Path:
     return sequence_folder(folder, sequence) / "diverged.json"
 
 
-def _stage(task: str, place: StagePlaces) -> dict[str, Any]:
+def _stage(task: str, place: StagePlaces, before: dict[str, Any]) -> dict[str, Any]:
     scores, run = _read(place.scores), _read(place.run / "run.json")
     return {
         "task": task,
-        **_shown(scores),
+        **_shown(scores, before),
         "train": {
             "steps": run["steps"],
             "seconds": run["seconds"],
@@ -115,12 +117,18 @@ def _stage(task: str, place: StagePlaces) -> dict[str, Any]:
     }
 
 
-def _shown(scores: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a measurement, without single items and answers."""
+def _shown(scores: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The numbers of a measurement, without single items and answers.
+
+    With those of the untouched backbone, also the error of each probe's change from it, by paired items.
+    """
     probes = {}
     for name, found in scores["probes"].items():
         value = found["score"] if "score" in found else found["mean_token_loss"]
         probes[name] = {"score": value, "stderr": found["stderr"]}
+        if before is not None:
+            items = before["probes"][name]["items"]
+            probes[name]["change_stderr"] = paired_stderr(items, found["items"])
     tasks = {name: {key: found.get(key) for key in _OF_TASKS} for name, found in scores["tasks"].items()}
     return {"tasks": tasks, "probes": probes}
 

@@ -1,4 +1,4 @@
-"""Entries of a results folder: the sequences of one setting, joined over seeds and orders."""
+"""Entries of results folders: sequences of one setting over the same tasks, joined over seeds and orders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ STRATEGY_NAMES = {"seq": "", "er": "replay", "ewc": "EWC", "i-lora": "I-LoRA"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One setting with all its sequences. `index` gives its colour, dash and marker everywhere."""
+    """One setting with its sequences over one set of tasks.
+
+    `index` gives its colour, dash and marker everywhere.
+    """
 
     label: str
     index: int
@@ -60,20 +63,26 @@ class Entry:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The metrics of each finished sequence, computed anew from its scores."""
-        return self._metrics(self.home.results.before.model_dump())
+        return self._metrics(given_before=False)
 
     @cached_property
     def metrics_given_before(self) -> list[dict[str, Any]]:
         """The same with the backbone's scores taken as exact, as is right when entries of it are compared."""
-        return self._metrics(_exact(self.home.results.before.model_dump()))
+        return self._metrics(given_before=True)
 
-    def _metrics(self, before: dict[str, Any]) -> list[dict[str, Any]]:
+    def _metrics(self, *, given_before: bool) -> list[dict[str, Any]]:
+        before = self.home.results.before.model_dump()
+        if given_before:
+            before = _exact(before)
         tasks, probes = ([part.model_dump() for part in parts] for parts in (self.tasks, self.probes))
-        return [
-            metrics_of(before, [stage.model_dump() for stage in s.stages], tasks, probes, s.order,
-                       references=self._references(s))
-            for s in self.finished
-        ]  # fmt: skip
+        result = []
+        for sequence in self.finished:
+            stages = [stage.model_dump() for stage in sequence.stages]
+            if given_before:
+                stages = [_of_change(stage) for stage in stages]
+            references = self._references(sequence)
+            result.append(metrics_of(before, stages, tasks, probes, sequence.order, references=references))
+        return result
 
     def summary(self, *keys: str, given_before: bool = False) -> Summary | None:
         """A metric over the finished sequences, by its path of keys; None unless each of them has it."""
@@ -135,6 +144,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Entries over the same tasks: those that compare. What other tasks taught would only spread them."""
+
+    title: str
+    entries: list[Entry]
+
+
+@dataclass(frozen=True)
 class Line:
     """Entries that differ in the learning rate alone, by rising rate."""
 
@@ -144,22 +161,35 @@ class Line:
 
 
 def entries(homes: Sequence[ResultsFolder]) -> list[Entry]:
-    """All entries of one folder, or of several; where names meet, the folder's name goes first."""
-    result = []
+    """All entries of one folder, or of several; where names meet, the folder's name goes first.
+
+    An entry that was trained on several sets of tasks is there once for each, with the same label and index.
+    """
+    named = [{sequence.entry for sequence in home.results.sequences} for home in homes]
+    groups: dict[tuple[str, frozenset[str]], Entry] = {}
     for home in homes:
-        groups: dict[str, list[TaskSequence]] = {}
         for sequence in home.results.sequences:
-            groups.setdefault(sequence.entry, []).append(sequence)
-        result += [Entry(name, 0, home, tuple(group)) for name, group in groups.items()]
-    names = [entry.label for entry in result]
-    labels = [
-        entry.label if names.count(entry.label) == 1 else f"{_home_label(entry.home, homes)}: {entry.label}"
-        for entry in result
-    ]
-    return [
-        replace(entry, label=label, index=index)
-        for index, (entry, label) in enumerate(zip(result, labels, strict=True))
-    ]
+            shared = sum(sequence.entry in names for names in named) > 1
+            label = f"{_home_label(home, homes)}: {sequence.entry}" if shared else sequence.entry
+            key = (label, frozenset(sequence.order))
+            entry = groups.get(key, Entry(label, 0, home, ()))
+            groups[key] = replace(entry, sequences=(*entry.sequences, sequence))
+    labels = list(dict.fromkeys(label for label, _ in groups))
+    return [replace(entry, index=labels.index(label)) for (label, _), entry in groups.items()]
+
+
+def parts(found: Sequence[Entry]) -> list[Part]:
+    """Entries by the tasks they were trained on, the most tasks first."""
+    groups: dict[frozenset[str], list[Entry]] = {}
+    for entry in found:
+        groups.setdefault(frozenset(entry.first.order), []).append(entry)
+    ordered = sorted(groups.items(), key=lambda item: -len(item[0]))
+    return [Part(_title(group[0]), group) for _, group in ordered]
+
+
+def _title(entry: Entry) -> str:
+    order = entry.first.order
+    return ", ".join(order) if len(order) <= 3 else f"{len(order)} tasks"
 
 
 def lines(found: Sequence[Entry]) -> list[Line]:
@@ -231,6 +261,16 @@ def _exact(before: dict[str, Any]) -> dict[str, Any]:
         }
         for what, scores in before.items()
     }
+
+
+def _of_change(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage whose probes have the error of their paired change, where it is known: all that is left of it
+    once the backbone's score is exact."""
+    probes = {
+        name: probe if probe["change_stderr"] is None else probe | {"stderr": probe["change_stderr"]}
+        for name, probe in stage["probes"].items()
+    }
+    return stage | {"probes": probes}
 
 
 def _inner(metrics: Any, keys: Sequence[str]) -> Any:

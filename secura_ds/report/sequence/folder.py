@@ -61,10 +61,11 @@ class TaskScore(_Part):
 
 
 class ProbeScore(_Part):
-    """What was measured on a probe at one point."""
+    """What was measured on a probe at one point; after training also the error of the change, paired."""
 
     score: Number | None = None
     stderr: Positive | None = None
+    change_stderr: Positive | None = None
 
 
 class Measured(_Part):

@@ -10,7 +10,7 @@ from secura_ds.errors import UserError
 from secura_ds.report import numbers
 from secura_ds.report.sequence import tables
 from secura_ds.report.sequence.curves import sequence_curves
-from secura_ds.report.sequence.entries import Entry, entries
+from secura_ds.report.sequence.entries import Entry, Part, entries, parts
 from secura_ds.report.sequence.folder import ResultsFolder, read_results
 from secura_ds.report.sequence.frontier import frontier_plots
 from secura_ds.report.sequence.gradients import gradient_plots, gradient_table, read_gradients
@@ -55,16 +55,27 @@ def render_sequences(homes: Sequence[ResultsFolder], plots: Path | None = None) 
 
 
 def _content(homes: Sequence[ResultsFolder], found: list[Entry], plots: Path | None) -> dict[str, Any]:
-    gradients, no_gradients = read_gradients(found)
-    maps = heat_maps(found, plots)
-    # The first order of each entry is shown, the others are a click away.
-    first = [plot for plot in maps if not plot.name.partition("-order")[2] or plot.name.endswith("-order1")]
     names = [home.results.name for home in homes]
+    split = parts(found)
+    folders = [plots and (plots if len(split) == 1 else plots / f"tasks-{i + 1}") for i in range(len(split))]
     return {
         "title": " against ".join(names) if len(names) < 3 else f"{', '.join(names[:-1])} and {names[-1]}",
         "description": homes[0].results.description if len(homes) == 1 else None,
         "keys": _keys(homes, found),
         "homes": homes,
+        "parts": [_part(part, folder) for part, folder in zip(split, folders, strict=True)],
+        "missing": [*_missing(found), *_no_gradients(read_gradients(found)[1])],
+    }
+
+
+def _part(part: Part, plots: Path | None) -> dict[str, Any]:
+    found = part.entries
+    gradients, _ = read_gradients(found)
+    maps = heat_maps(found, plots)
+    # The first order of each entry is shown, the others are a click away.
+    first = [plot for plot in maps if not plot.name.partition("-order")[2] or plot.name.endswith("-order1")]
+    return {
+        "title": part.title,
         "findings": findings(found),
         "learning_title": "Learnt"
         if all(entry.single for entry in found)
@@ -80,7 +91,6 @@ def _content(homes: Sequence[ResultsFolder], found: list[Entry], plots: Path | N
         "gradients": gradient_plots(gradients, plots),
         "gradient_table": gradient_table(gradients),
         "resources": tables.resource_table(found),
-        "missing": [*_missing(found), *_no_gradients(no_gradients)],
     }
 
 
@@ -89,7 +99,7 @@ def _keys(homes: Sequence[ResultsFolder], found: Sequence[Entry]) -> list[tuple[
     return [
         ("Backbone", ", ".join(backbones)),
         ("Tasks", numbers.count(len(found[0].tasks))),
-        ("Entries", numbers.count(len(found))),
+        ("Entries", numbers.count(len({entry.label for entry in found}))),
         ("Sequences", numbers.count(sum(len(entry.sequences) for entry in found))),
     ]
 

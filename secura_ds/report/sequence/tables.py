@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from secura_ds.continual.metrics import Estimate, change, over_sequences, retention
+from secura_ds.continual.metrics import Estimate, Summary, over_sequences
 from secura_ds.report import numbers
 from secura_ds.report.sequence import measures
 from secura_ds.report.sequence.entries import Entry, method_name
@@ -92,15 +92,16 @@ def _probe_row(entry: Entry, probe: Probe) -> list[str] | None:
         return None
     old, new = Estimate(before.score, before.stderr), Estimate(after.value, after.stderr)
     share = probe.kind == "multiple_choice"
-    difference = change(old, new)
+    difference = entry.summary("probes", probe.name, "change")
+    assert difference is not None  # both scores are there
     row = [_number(old, share), _number(new, share), _number(difference, share, signed=True)]
     if not share:
         return [*row, perplexity_change(difference.value)]
-    above = retention(old, new, probe.chance) if probe.chance is not None else None
-    return row + [numbers.MISSING if r is None else _number(r, True) for r in (above, retention(old, new))]
+    ratios = (entry.summary("probes", probe.name, key) for key in ("retention", "raw_ratio"))
+    return row + [numbers.MISSING if ratio is None else _number(ratio, True) for ratio in ratios]
 
 
-def _number(estimate: Estimate, share: bool, *, signed: bool = False) -> str:
+def _number(estimate: Estimate | Summary, share: bool, *, signed: bool = False) -> str:
     scale, digits = (100, 1) if share else (1, 3)
     text = numbers.decimal(scale * estimate.value, digits, signed=signed)
     if share:
@@ -112,7 +113,8 @@ def _number(estimate: Estimate, share: bool, *, signed: bool = False) -> str:
 
 def task_table(entries: Sequence[Entry]) -> Table:
     """Per task: its metric, its score before training and what each entry left of it at the end."""
-    tasks = entries[0].tasks
+    trained = {task for entry in entries for sequence in entry.sequences for task in sequence.order}
+    tasks = [task for task in entries[0].tasks if task.name in trained]
     before = entries[0].home.results.before.tasks
     rows = []
     for task in tasks:

@@ -24,7 +24,13 @@ from secura_ds.sharding.streaming import load_parameters
 
 RECIPE = Path(__file__).resolve().parents[3] / "recipes" / "smollm2-135m.json"
 FAMILIES = ("llama3.1-8b", "qwen2-7b", "gemma2-2b")
-SMALL = ["adapter.selection=least", "adapter.cur_rank=8", "adapter.inner_rank=12", "backbone.attention=auto"]
+SMALL = [
+    "adapter.selection=least",
+    "adapter.cur_rank=8",
+    "adapter.inner_rank=12",
+    "backbone.dtype=bfloat16",
+    "backbone.attention=auto",
+]
 
 
 def config_of(name: str, layers: int = 2) -> PreTrainedConfig:

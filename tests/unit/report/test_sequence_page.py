@@ -13,7 +13,9 @@ import pytest
 from fake_continual import make_continual, make_frontier
 
 from secura_ds.report import write_report
+from secura_ds.report.sequence.entries import entries, parts
 from secura_ds.report.sequence.folder import read_results
+from secura_ds.report.sequence.measures import INTRANSIGENCE, TASK_LOSS
 from secura_ds.report.sequence.page import render_sequences
 
 
@@ -109,6 +111,47 @@ def test_a_sweep_of_rates_is_a_frontier(tmp_path: Path) -> None:
     assert not any(name.startswith(("matrix", "probe")) for name in pngs(folder / "plots"))
     assert "which 3 methods reach between their rates, SECURA has the best knowledge kept" in text
     assert "Backward transfer" not in text
+
+
+def test_tasks_learnt_alone_have_a_part_of_the_page_each(tmp_path: Path) -> None:
+    """Averaged over tasks, an entry's error bar would be the tasks' difference."""
+    folder = make_frontier(tmp_path / "r", tasks=2, seeds=2)
+    document = json.loads((folder / "continual.json").read_text(encoding="utf-8"))
+    for sequence in document["sequences"]:
+        if sequence["order"] == ["german"]:
+            sequence["stages"][0]["tasks"]["german"]["loss"] += 5
+    (folder / "continual.json").write_text(json.dumps(document), encoding="utf-8")
+    page = Page(write_report([folder]))
+    assert sorted(path.name for path in (folder / "plots").iterdir()) == ["tasks-1", "tasks-2"]
+    for part in ("tasks-1", "tasks-2"):
+        assert {"rates-retention", "rates-text-loss-change"} <= pngs(folder / "plots" / part)
+    anchors = page.attributes("a", "href")
+    assert anchors == ["#verdict-1", "#verdict-2", "#missing"]
+    ids = [attrs["id"] for _, attrs in page.tags if attrs.get("id")]
+    assert len(ids) == len(set(ids)) and {a[1:] for a in anchors} <= set(ids)
+    assert "Entries: orders" in page.text and "Entries: german" in page.text
+    assert page.text.count("which 3 methods reach between their rates") == 4
+    found = entries([read_results(folder)])
+    assert [part.title for part in parts(found)] == ["orders", "german"]
+    orders, german = (TASK_LOSS.of(part.entries[0]) for part in parts(found))
+    assert orders is not None and german is not None and german.value > orders.value + 4
+    assert (german.stderr or 9) < 0.2
+    first, second = ({e.label: e.index for e in part.entries} for part in parts(found))
+    assert first == second and sorted(first.values()) == list(range(9))
+
+
+def test_a_task_learnt_alone_still_tells_what_the_sequence_kept_from_being_learnt(tmp_path: Path) -> None:
+    folder = make_continual(tmp_path / "r", tasks=2, entries=1, seeds=1, runs=False)
+    document = json.loads((folder / "continual.json").read_text(encoding="utf-8"))
+    whole = document["sequences"][0]
+    for number, name in enumerate(whole["order"]):
+        alone = {**whole, "label": f"alone-{name}", "order": [name], "stages": [whole["stages"][number]]}
+        document["sequences"].append(json.loads(json.dumps(alone)))
+    (folder / "continual.json").write_text(json.dumps(document), encoding="utf-8")
+    together = parts(entries([read_results(folder)]))[0].entries[0]
+    found = INTRANSIGENCE.of(together)
+    assert found is not None and found.value == pytest.approx(0)
+    assert "2 tasks" not in Page(write_report([folder])).text
 
 
 @pytest.mark.parametrize(("tasks", "entries", "orders"), [(1, 1, 1), (16, 12, 1), (5, 2, 3)])
