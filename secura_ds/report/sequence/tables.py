@@ -112,7 +112,10 @@ def _number(estimate: Estimate | Summary, share: bool, *, signed: bool = False) 
 
 
 def task_table(entries: Sequence[Entry]) -> Table:
-    """Per task: its metric, its score before training and what each entry left of it at the end."""
+    """Per task: its metric, its score before training and what each entry left of it at the end.
+
+    Empty where only losses were measured.
+    """
     trained = {task for entry in entries for sequence in entry.sequences for task in sequence.order}
     tasks = [task for task in entries[0].tasks if task.name in trained]
     before = entries[0].home.results.before.tasks
@@ -133,7 +136,8 @@ def task_table(entries: Sequence[Entry]) -> Table:
             if joined is not None:
                 cell = _scored(Estimate(joined.value, joined.stderr), task.maximum)
             row.append(cell)
-        rows.append(row)
+        if set(row[3:]) != {numbers.MISSING}:
+            rows.append(row)
     return ["Task", "Metric", "Items", "Before", *(entry.label for entry in entries)], rows
 
 

@@ -190,6 +190,7 @@ def test_losses_stand_in_for_scores_that_nobody_asked_for(tmp_path: Path) -> Non
     (folder / "continual.json").write_text(json.dumps(document), encoding="utf-8")
     page = Page(write_report([folder]))
     assert "lora learnt most: task loss, change right after training −" in page.text
+    assert "Each task before training" not in page.text
     assert any("Heat map of secura" in alt and "orders: 2.600 before" in alt
                for alt in page.attributes("img", "alt"))  # fmt: skip
 
