@@ -81,11 +81,18 @@ def _check_same_recipe(earlier: Path, settings: dict[str, Any]) -> None:
         raise UserError(
             f"--resume: {earlier} is missing or damaged, so that nobody knows what was run there: --overwrite"
         ) from error
-    for key, old, new in _conflicts(before, settings):
+    for key, old, new in _conflicts(*map(_without_places, (before, settings))):
         raise UserError(
             f"--resume: {key} is {json.dumps(new)}, but the sequences in {earlier.parent} were started with "
             f"{json.dumps(old)}: use the recipe they were started with, another output_dir, or --overwrite"
         )
+
+
+def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
+    """Probes by their file's name: the folder holds what they were (`write_material` compares it)."""
+    evaluation = settings.get("evaluation", {})
+    probes = [{**probe, "path": Path(probe["path"]).name} for probe in evaluation.get("probes", [])]
+    return settings | {"evaluation": evaluation | {"probes": probes}}
 
 
 def _conflicts(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

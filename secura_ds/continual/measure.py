@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secura_ds.continual.places import task_files
+from secura_ds.continual.places import probe_file, task_files
 from secura_ds.data import load_examples
 from secura_ds.environment import is_main_process
 from secura_ds.evaluation import Parts, answer_loss, evaluate
@@ -38,7 +38,7 @@ def measure(
     Collective.
 
     Args:
-        folder: the results folder, with the tasks' files.
+        folder: the results folder, with the tasks' and probes' files.
         learnt: the task it has just learnt, whose validation loss is measured, too.
     """
     settings = recipe.evaluation
@@ -51,7 +51,7 @@ def measure(
     if learnt is not None:
         planned["validation", learnt] = partial(loss, task_files(folder, learnt).validation)
     for probe in settings.probes:
-        planned["probe", Path(probe.path).stem] = partial(_probe, model, tokenizer, recipe, probe)
+        planned["probe", Path(probe.path).stem] = partial(_probe, model, tokenizer, recipe, probe, folder)
     found = _measured(planned, out, settings.model_dump(mode="json"))
     document: dict[str, Any] = {
         "tasks": {t.name: found["loss", t.name] | found.get(("task", t.name), {}) for t in tasks},
@@ -113,9 +113,13 @@ def _score(
 
 
 def _probe(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: SequenceRecipe, probe: Probe
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: SequenceRecipe,
+    probe: Probe,
+    folder: Path,
 ) -> dict[str, Any]:
     one = EvaluationRecipe(probes=[probe], batch_size=recipe.evaluation.batch_size)
-    probes = evaluate(model, tokenizer, one, recipe.resolve_path, progress=False)["probes"]
+    probes = evaluate(model, tokenizer, one, partial(probe_file, folder), progress=False)["probes"]
     found: dict[str, Any] = next(iter(probes.values()))
     return found

@@ -2,6 +2,7 @@
 
 recipe.resolved.json, environment.json, continual.json, report.html
 tasks/<task>.train.jsonl, .validation.jsonl, .held-out.jsonl     what is learnt and scored
+probes/<probe>                                                   a copy of each probe's file
 before.json                                                      the untouched backbone
 sequences/<label>/stages/01-<task>/                              a run folder of each task
 sequences/<label>/scores/01-<task>.json                          what was measured after it
@@ -22,6 +23,7 @@ OWN = (
     "report.html",
     "plots",
     "tasks",
+    "probes",
     "before.json",
     ".before.json.partial",
     "sequences",
@@ -43,6 +45,11 @@ def task_files(folder: Path, task: str) -> TaskFiles:
     return TaskFiles(
         *(name.with_name(f"{task}.{part}.jsonl") for part in ("train", "validation", "held-out"))
     )
+
+
+def probe_file(folder: Path, path: str) -> Path:
+    """The copy in a results folder of the probe that a recipe has at `path`."""
+    return folder / "probes" / Path(path).name
 
 
 @dataclass(frozen=True)

@@ -373,5 +373,19 @@ def test_a_tasks_file_that_changed_is_noticed(whole: Path, tmp_path: Path) -> No
     run_sequences(load(tmp_path))
     path = tmp_path / "tasks" / "sums-train.jsonl"
     path.write_text(path.read_text().replace("add 3 ", "plus 3 "))
-    with pytest.raises(UserError, match="holds other examples than the task has now"):
+    with pytest.raises(UserError, match="train.jsonl is not what the task holds now: restore"):
         run_sequences(load(tmp_path), resume=True)
+
+
+def test_a_probe_that_changed_is_noticed_and_one_that_moved_is_not(tmp_path: Path) -> None:
+    write_sequence_toy(tmp_path / "a", entries=[entry("seq")])
+    recipe = load(tmp_path / "a")
+    run_sequences(recipe)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    places = [f"output_dir={recipe.output_dir}", f"backbone.model={recipe.backbone.model}"]
+    moved = load(tmp_path / "b", *places)
+    assert run_sequences(moved, resume=True) == SequencesSummary(planned=1, finished=1, diverged=0)
+    probe = tmp_path / "b" / "general.txt"
+    probe.write_text(probe.read_text() + " One sentence more.")
+    with pytest.raises(UserError, match="general.txt is not what the probe holds now: restore the probe's"):
+        run_sequences(moved, resume=True)
