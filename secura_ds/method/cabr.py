@@ -49,6 +49,7 @@ def row_blocks(num_rows: int, num_columns: int, elements: int | None = None) -> 
 def initial_a(weight: Tensor, cur_rank: int, inner_rank: int, init: Init, *, seed: int = 0) -> Tensor:
     """A (r, m) in fp32: the block `W[:r, :m]`, orthogonal with that block's root mean square, or orthonormal.
 
+    The last has `|A|^2 = r` for every m: a first step of B then moves A B by as much (docs/calibration.md).
     No SVD: the product of truncated factors that the paper forms *is* this block.
 
     Raises:
@@ -67,7 +68,8 @@ def initial_a(weight: Tensor, cur_rank: int, inner_rank: int, init: Init, *, see
             f"{num_columns} for init 'block' (the other inits have no upper bound)"
         )
     if init == "orthonormal":
-        return _orthogonal(cur_rank, inner_rank, seed).to(weight.device)
+        scale = math.sqrt(max(1.0, cur_rank / inner_rank))
+        return (scale * _orthogonal(cur_rank, inner_rank, seed)).to(weight.device)
     block = weight[:cur_rank, :inner_rank].detach().to(compute_dtype(weight))
     if init == "block":
         if not bool(block.any()):

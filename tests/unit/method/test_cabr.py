@@ -50,6 +50,18 @@ def test_orthogonal_init_has_the_rms_of_the_block(r: int, m: int) -> None:
     assert not torch.equal(A, cabr.initial_a(weight, r, m, "orthogonal", seed=3))
 
 
+@pytest.mark.parametrize("m", [3, 8, 20])
+def test_a_step_of_b_moves_the_core_alike_for_every_inner_rank(m: int) -> None:
+    """On average over steps of Adam's size in B, |A B|^2 is r^2 times the step's square."""
+    r = 8
+    A = cabr.initial_a(torch.randn(30, 30), r, m, "orthonormal", seed=1)
+    assert float(A.square().sum()) == pytest.approx(r)
+    thinner = A @ A.T if m >= r else A.T @ A
+    torch.testing.assert_close(thinner, torch.eye(min(r, m)) * (r / min(r, m)), atol=1e-5, rtol=0)
+    steps = torch.randn(4000, m, r).sign()
+    assert float((A @ steps).square().sum(dim=(1, 2)).mean()) == pytest.approx(r * r, rel=0.02)
+
+
 def test_orthogonal_init_of_a_zero_corner_takes_the_rms_of_the_weight() -> None:
     weight = torch.ones(8, 8)
     weight[:4, :4] = 0
