@@ -223,7 +223,7 @@ def _line_labels(firsts: Sequence[Entry]) -> list[str]:
         ]
         labels.append(", ".join([name, *apart[:3]]))
     if len(set(labels)) < len(labels):
-        return [entry.label for entry in firsts]
+        return [entry.label.removesuffix(f", {entry.first.learning_rate:g}") for entry in firsts]
     return labels
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from secura_ds.continual.metrics import Summary
 from secura_ds.report import numbers
@@ -19,6 +19,9 @@ from secura_ds.report.sequence.labels import Point, label_points
 from secura_ds.report.sequence.measures import Measure
 
 WIDE = (5.2, 3.7)
+WIDE_RANGE = 8.0
+"""Task losses that differ by this factor are drawn on a logarithmic axis."""
+
 KEPT = (measures.RETENTION, measures.KNOWLEDGE)
 
 
@@ -54,7 +57,7 @@ def _plot(group: Sequence[Entry], across: Measure, along: Measure, prefix: str, 
         axes.set_xlabel(_arrowed(across, "x"))
         axes.set_ylabel(_arrowed(along, "y"))
         axes.margins(0.16)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        _set_scale(axes, across, [x for x, *_ in points])
         rates = any(len(line.entries) > 1 for line in found)
         if rates:
             legend_above(figure, axes)
@@ -77,6 +80,17 @@ def _plot(group: Sequence[Entry], across: Measure, along: Measure, prefix: str, 
         size=WIDE,
         folder=folder,
     )
+
+
+def _set_scale(axes: Axes, across: Measure, xs: Sequence[float]) -> None:
+    """Losses that are far apart on a logarithmic axis: else the good ones would share one place."""
+    if across is not measures.TASK_LOSS or min(xs) <= 0 or max(xs) < WIDE_RANGE * min(xs):
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        return
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _with_both(found: Sequence[Line], *wanted: Measure) -> list[Line]:

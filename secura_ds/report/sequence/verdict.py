@@ -54,7 +54,7 @@ def _first(done: Sequence[Entry], choices: Sequence[Measure]) -> Measure | None:
 
 
 def _finding(merit: str, measure: Measure, done: list[Entry]) -> Finding:
-    """The best entry, and how far the best of another method is behind it."""
+    """The best entry, and how far the best of another setting is behind it."""
     order = ranked(done, measure)
     best, found = order[0]
     text = f"{measure.title} {measure.written(found)}{_unit(measure)}"
@@ -67,7 +67,7 @@ def _finding(merit: str, measure: Measure, done: list[Entry]) -> Finding:
     if best.home.results.backbone != other.home.results.backbone:
         return Finding("even", f"{text}; {other.label} has another backbone, so they do not compare.")
     lead = compare(best, other, measure)
-    which = "the best of another method" if others and len(others) < len(order) - 1 else "next"
+    which = "the best of another setting" if others and len(others) < len(order) - 1 else "next"
     text = f"{text}; {which} is {other.label} with {measure.written(second)}, {lead.text(measure)}."
     return Finding("good" if lead.clear and min(found.n, second.n) > 1 else "even", text)
 

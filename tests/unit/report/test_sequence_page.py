@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from fake_continual import make_continual, make_frontier
+from matplotlib.figure import Figure
 
 from secura_ds.report import write_report
 from secura_ds.report.sequence.entries import entries, parts
 from secura_ds.report.sequence.folder import read_results
+from secura_ds.report.sequence.frontier import _set_scale
 from secura_ds.report.sequence.measures import INTRANSIGENCE, TASK_LOSS
 from secura_ds.report.sequence.page import render_sequences
 
@@ -204,3 +206,12 @@ def test_several_folders_are_compared_on_one_page(tmp_path: Path) -> None:
     assert "first against second" in text and "comparison of 2 results" in text
     assert "first: secura" in text and "second: secura" in text
     assert "frontier-retention" in pngs(tmp_path / "both-plots") and not (folders[0] / "plots").exists()
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"), [([0.02, 1.1], "log"), ([2.8, 3.4], "linear"), ([0.0, 1.0], "linear")]
+)
+def test_losses_that_are_far_apart_share_a_logarithmic_axis(losses: list[float], scale: str) -> None:
+    axes = Figure().subplots()
+    _set_scale(axes, TASK_LOSS, losses)
+    assert axes.get_xscale() == scale

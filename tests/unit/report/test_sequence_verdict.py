@@ -126,3 +126,19 @@ def test_lines_without_a_common_loss_are_not_compared(tmp_path: Path) -> None:
 def test_line_ends_are_pushed_apart_within_the_axis() -> None:
     assert _spread([0.0, 0.01, 0.5], 0.1, 0.0, 1.0) == pytest.approx([0.0, 0.1, 0.5])
     assert _spread([0.9, 0.95, 1.0], 0.1, 0.0, 1.0) == pytest.approx([0.8, 0.9, 1.0])
+
+
+def test_a_line_through_rates_is_named_without_one(tmp_path: Path) -> None:
+    """Where settings differ in more than a name has room for, the recipe's own names tell them apart."""
+    folder = make_frontier(tmp_path / "r", methods=3, rates=(1e-4, 1e-3))
+    document = json.loads((folder / "continual.json").read_text(encoding="utf-8"))
+    settings = [
+        {"a": 1, "b": 1, "c": 1, "d": 1},
+        {"a": 1, "b": 1, "c": 1, "d": 2},
+        {"a": 2, "b": 2, "c": 2, "d": 1},
+    ]
+    for number, sequence in enumerate(document["sequences"]):
+        name = f"mine-{number // 2}, {sequence['learning_rate']:g}"
+        sequence |= {"method": "secura", "settings": settings[number // 2], "entry": name}
+    (folder / "continual.json").write_text(json.dumps(document), encoding="utf-8")
+    assert [line.label for line in lines(entries([read_results(folder)]))] == ["mine-0", "mine-1", "mine-2"]
