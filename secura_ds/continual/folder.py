@@ -76,12 +76,12 @@ def _remove_left_overs(folder: Path) -> None:
 
 def _check_same_recipe(earlier: Path, settings: dict[str, Any]) -> None:
     try:
-        before = dict(json.loads(earlier.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        before = _without_places(dict(json.loads(earlier.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"--resume: {earlier} is missing or damaged, so that nobody knows what was run there: --overwrite"
         ) from error
-    for key, old, new in _conflicts(*map(_without_places, (before, settings))):
+    for key, old, new in _conflicts(before, _without_places(settings)):
         raise UserError(
             f"--resume: {key} is {json.dumps(new)}, but the sequences in {earlier.parent} were started with "
             f"{json.dumps(old)}: use the recipe they were started with, another output_dir, or --overwrite"

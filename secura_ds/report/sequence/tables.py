@@ -88,12 +88,11 @@ def _probe_row(entry: Entry, probe: Probe) -> list[str] | None:
     before = entry.home.results.before.probes.get(probe.name)
     last = [s.stages[-1].probes[probe.name] for s in entry.finished if probe.name in s.stages[-1].probes]
     after = over_sequences([Estimate(p.score, p.stderr) for p in last if p.score is not None])
-    if before is None or before.score is None or after is None:
+    difference = entry.summary("probes", probe.name, "change")
+    if before is None or before.score is None or after is None or difference is None:
         return None
     old, new = Estimate(before.score, before.stderr), Estimate(after.value, after.stderr)
     share = probe.kind == "multiple_choice"
-    difference = entry.summary("probes", probe.name, "change")
-    assert difference is not None  # both scores are there
     row = [_number(old, share), _number(new, share), _number(difference, share, signed=True)]
     if not share:
         return [*row, perplexity_change(difference.value)]

@@ -389,3 +389,12 @@ def test_a_probe_that_changed_is_noticed_and_one_that_moved_is_not(tmp_path: Pat
     probe.write_text(probe.read_text() + " One sentence more.")
     with pytest.raises(UserError, match="general.txt is not what the probe holds now: restore the probe's"):
         run_sequences(moved, resume=True)
+
+
+@pytest.mark.parametrize("text", ["{", '{"evaluation": 5}', '{"evaluation": {"probes": [{}]}}'])
+def test_a_damaged_record_of_the_recipe_is_said(text: str, tmp_path: Path) -> None:
+    recipe = load(tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "recipe.resolved.json").write_text(text)
+    with pytest.raises(UserError, match=r"recipe.resolved.json is missing or damaged.*: --overwrite"):
+        run_sequences(recipe, resume=True)
