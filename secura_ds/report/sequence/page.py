@@ -13,7 +13,7 @@ from secura_ds.report.sequence.curves import sequence_curves
 from secura_ds.report.sequence.entries import Entry, Part, entries, parts
 from secura_ds.report.sequence.folder import ResultsFolder, read_results
 from secura_ds.report.sequence.frontier import frontier_plots
-from secura_ds.report.sequence.gradients import gradient_plots, gradient_table, read_gradients
+from secura_ds.report.sequence.gradients import Gradients, gradient_plots, gradient_table, read_gradients
 from secura_ds.report.sequence.heatmaps import heat_maps
 from secura_ds.report.sequence.verdict import findings
 from secura_ds.report.template import fill
@@ -57,20 +57,25 @@ def render_sequences(homes: Sequence[ResultsFolder], plots: Path | None = None) 
 def _content(homes: Sequence[ResultsFolder], found: list[Entry], plots: Path | None) -> dict[str, Any]:
     names = [home.results.name for home in homes]
     split = parts(found)
-    folders = [plots and (plots if len(split) == 1 else plots / f"tasks-{i + 1}") for i in range(len(split))]
+    shown: list[dict[str, Any]] = []
+    no_gradients: list[str] = []
+    for number, part in enumerate(split, start=1):
+        folder = plots if plots is None or len(split) == 1 else plots / f"tasks-{number}"
+        gradients, absent = read_gradients(part.entries)
+        shown.append(_part(part, gradients, folder))
+        no_gradients += absent
     return {
         "title": " against ".join(names) if len(names) < 3 else f"{', '.join(names[:-1])} and {names[-1]}",
         "description": homes[0].results.description if len(homes) == 1 else None,
         "keys": _keys(homes, found),
         "homes": homes,
-        "parts": [_part(part, folder) for part, folder in zip(split, folders, strict=True)],
-        "missing": [*_missing(found), *_no_gradients(read_gradients(found)[1])],
+        "parts": shown,
+        "missing": [*_missing(found), *_no_gradients(no_gradients)],
     }
 
 
-def _part(part: Part, plots: Path | None) -> dict[str, Any]:
+def _part(part: Part, gradients: list[Gradients], plots: Path | None) -> dict[str, Any]:
     found = part.entries
-    gradients, _ = read_gradients(found)
     maps = heat_maps(found, plots)
     # The first order of each entry is shown, the others are a click away.
     first = [plot for plot in maps if not plot.name.partition("-order")[2] or plot.name.endswith("-order1")]

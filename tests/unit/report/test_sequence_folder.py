@@ -15,6 +15,7 @@ from fake_run import make_run
 
 from secura_ds.errors import UserError
 from secura_ds.report import write_report
+from secura_ds.report.norms import logged_norms
 from secura_ds.report.sequence.entries import entries, lines
 from secura_ds.report.sequence.folder import read_results
 from secura_ds.report.sequence.gradients import gradient_table, read_gradients
@@ -183,3 +184,12 @@ def test_entries_of_several_folders_get_names_of_their_own(tmp_path: Path) -> No
          (("first", 1), ("second", 2))]
     )  # fmt: skip
     assert [entry.label for entry in entries(homes)] == ["first: secura", "second: secura", "lora"]
+
+
+def test_norms_of_tasks_learnt_alone_are_kept_apart(tmp_path: Path) -> None:
+    folder = make_frontier(tmp_path / "r", methods=1, rates=(1e-4, 1e-3), tasks=2)
+    norms = logged_norms([folder])
+    assert list(norms) == [
+        f"secura-{rate}, {task}" for task in ("orders", "german") for rate in ("0.0001", "0.001")
+    ]
+    assert all(norms.values())
