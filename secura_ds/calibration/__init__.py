@@ -1,7 +1,7 @@
 """Calibration: R from what each layer's inputs excite, on text that the frozen model writes itself."""
 
 from secura_ds.calibration.corda import corda_starts
-from secura_ds.calibration.factors import calibrate, linear_targets, target_layers
+from secura_ds.calibration.factors import calibrate, linear_targets, put_factors, target_layers
 from secura_ds.calibration.text import Calibration
 
-__all__ = ["Calibration", "calibrate", "corda_starts", "linear_targets", "target_layers"]
+__all__ = ["Calibration", "calibrate", "corda_starts", "linear_targets", "put_factors", "target_layers"]

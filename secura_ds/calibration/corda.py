@@ -29,8 +29,8 @@ def corda_starts(
     num_tokens: int,
     seed: int,
     progress: bool = True,
-) -> tuple[dict[str, Start], Calibration]:
-    """A0 and B0 of every layer that `config` targets, by name, and the text they were made on.
+) -> Calibration:
+    """A0 (r, in) and B0 (out, r) of every layer that `config` targets, as `factors` and `outputs`.
 
     PEFT's own decomposition, of W S with S the second moment of the layer's input. It holds S of every layer
     together. Works on whole weights; collective, all ranks get the same.
@@ -60,7 +60,8 @@ def corda_starts(
             ) from error
     starts = {name: _start(layer, scaling(config, name)) for name, layer in layers.items()}
     texts = [tokenizer.decode(row) for row in token_ids.tolist()]
-    return starts, Calibration({}, texts, token_ids)
+    factors = {name: start.A for name, start in starts.items()}
+    return Calibration(factors, texts, token_ids, {name: start.B for name, start in starts.items()})
 
 
 def _check_ranks(layers: Mapping[str, nn.Linear], config: LoraConfig) -> None:

@@ -96,12 +96,18 @@ def calibrate(
     else:
         with frozen(model), sharding.gathered_forward(model):
             factors = _input_factors(body, layers, groups, ids, config, memory_limit, show)
-    for name, R in factors.items():
-        layers[name].secura_factor = R
-    for name, C in outputs.items():
-        layers[name].secura_output = C
     texts = [tokenizer.decode(row) for row in token_ids.tolist()]
-    return Calibration({name: factors[name] for name in layers}, texts, token_ids, outputs)
+    made = Calibration({name: factors[name] for name in layers}, texts, token_ids, outputs)
+    put_factors(layers, made)
+    return made
+
+
+def put_factors(layers: Mapping[str, nn.Linear], calibration: Calibration) -> None:
+    """Leave what calibration made where an adapter on these layers finds it."""
+    for name, R in calibration.factors.items():
+        layers[name].secura_factor = R
+    for name, C in calibration.outputs.items():
+        layers[name].secura_output = C
 
 
 def _task(model: Any, examples: Sequence[Mapping[str, Any]] | None, num_tokens: int) -> list[Batch]:

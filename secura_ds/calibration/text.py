@@ -32,8 +32,8 @@ _MARK = "CONTENT"
 class Calibration:
     """What calibration made: R (r, in) fp32 on CPU by layer name, and the text behind it.
 
-    `outputs` holds C (out, r) alike, in mode "contrast" only. `token_ids` is (sequences, length) int64 on
-    CPU; `texts` is the same, decoded.
+    `outputs` holds C (out, r) alike, in mode "contrast" only. Of CorDA they are A0 and B0. `token_ids` is
+    (sequences, length) int64 on CPU; `texts` is the same, decoded.
     """
 
     factors: dict[str, Tensor]

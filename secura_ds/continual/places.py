@@ -3,6 +3,7 @@
 recipe.resolved.json, environment.json, continual.json, report.html
 tasks/<task>.train.jsonl, .validation.jsonl, .held-out.jsonl     what is learnt and scored
 probes/<probe>                                                   a copy of each probe's file
+calibration/                                                     its text and factors, shared by sequences
 before.json                                                      the untouched backbone
 sequences/<label>/stages/01-<task>/                              a run folder of each task
 sequences/<label>/scores/01-<task>.json                          what was measured after it
@@ -14,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from secura_ds.recipe import Sequence
+from secura_ds.recipe import CabrSettings, CordaAdapter, Sequence
+from secura_ds.training.shared import SharedCalibration
 
 OWN = (
     "recipe.resolved.json",
@@ -24,6 +26,7 @@ OWN = (
     "plots",
     "tasks",
     "probes",
+    "calibration",
     "before.json",
     ".before.json.partial",
     "sequences",
@@ -50,6 +53,20 @@ def task_files(folder: Path, task: str) -> TaskFiles:
 def probe_file(folder: Path, path: str) -> Path:
     """The copy in a results folder of the probe that a recipe has at `path`."""
     return folder / "probes" / Path(path).name
+
+
+def shared_calibration(folder: Path, sequence: Sequence, number: int) -> SharedCalibration | None:
+    """Where sequences share what calibration makes for the task at position `number`; None without one."""
+    adapter = sequence.entry.adapter
+    if not isinstance(adapter, CabrSettings | CordaAdapter):
+        return None
+    if isinstance(adapter, CabrSettings) and adapter.selection != "calibrated":
+        return None
+    settings, place = adapter.calibration, folder / "calibration"
+    return SharedCalibration(
+        factors=place / f"{sequence.entry.name}-{sequence.order[number]}-seed{sequence.seed}.safetensors",
+        text=None if settings.text is not None else place / f"{settings.num_tokens}-{settings.seed}.jsonl",
+    )
 
 
 @dataclass(frozen=True)

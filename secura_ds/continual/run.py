@@ -14,7 +14,7 @@ from secura_ds.backbones import load_model, load_tokenizer
 from secura_ds.continual import folder as folders
 from secura_ds.continual.material import write_material
 from secura_ds.continual.measure import measure
-from secura_ds.continual.places import StagePlaces, stage_places
+from secura_ds.continual.places import StagePlaces, shared_calibration, stage_places
 from secura_ds.continual.results import diverged_mark, write_results
 from secura_ds.continual.stage import carry_on, make_strategy, stage_recipe
 from secura_ds.errors import UserError
@@ -150,6 +150,7 @@ def _run_sequence(
         stage = Stage(
             start=places[number - 1].run if number else None,
             strategy=make_strategy(recipe, sequence, number, folder, tokenizer),
+            calibration=shared_calibration(folder, sequence, number),
             measure=measured,
         )
         begun = on_main(partial(runs.describe, place.run)) is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from peft import LoraConfig, OSFConfig, PeftConfig, PeftModel, get_peft_model
@@ -15,11 +17,14 @@ from secura_ds.adapter import SecuraConfig
 from secura_ds.adapter.corda import Start, is_corda, keep_starts, offer_starts, read_starts
 from secura_ds.adapter.osf import prepare_osf
 from secura_ds.backbones.adapter import adapter_config, train_weights
-from secura_ds.calibration import Calibration, calibrate, corda_starts
+from secura_ds.calibration import Calibration, calibrate, corda_starts, put_factors, target_layers
 from secura_ds.errors import UserError
+from secura_ds.ranks import on_main
 from secura_ds.recipe import CordaAdapter, FullTraining, Recipe
+from secura_ds.training.shared import SharedCalibration
 
-OnCalibration = Callable[[Calibration], object]
+OnCalibration = Callable[[Calibration, float], object]
+"""Is given what calibration made, and the seconds that another run has spent on it for this one."""
 
 
 def put_method(
@@ -31,14 +36,16 @@ def put_method(
     on_calibration: OnCalibration | None = None,
     factors: Mapping[str, Tensor] | None = None,
     examples: Sequence[Mapping[str, Any]] | None = None,
+    shared: SharedCalibration | None = None,
 ) -> PeftModel | PreTrainedModel:
     """The model that is trained. Collective where a method calibrates.
 
     Args:
         autocast: trained parameters of an adapter become fp32 where the backbone is in half precision.
-        on_calibration: is given what calibration made.
+        on_calibration: is given what calibration made, or found in `shared`.
         factors: what an earlier run chose (`frozen_factors`), instead of choosing it anew.
         examples: what is to be learnt, for a calibration that looks at it.
+        shared: where other runs may have left what calibration would make, and find it.
 
     Raises:
         UserError: anything in `adapter` that does not fit the backbone.
@@ -51,13 +58,19 @@ def put_method(
         return model
     refuse_head(model, config)
     starts: dict[str, Start] = {}
-    calibration: Calibration | None = None
-    if isinstance(config, SecuraConfig):
-        calibration = _calibrated(model, tokenizer, config, examples, chosen=factors is not None)
-    elif is_corda(config):
-        starts, calibration = _corda(model, tokenizer, recipe, config, factors)
-    if calibration is not None and on_calibration is not None:
-        on_calibration(calibration)
+    if factors is not None:
+        if isinstance(config, SecuraConfig):
+            config.factors_saved = True
+        elif is_corda(config):
+            starts = read_starts(factors)
+    elif calibrates(config):
+        made, spared = _calibrated(model, tokenizer, recipe, config, examples, shared)
+        if is_corda(config):
+            starts = {name: Start(A, made.outputs[name]) for name, A in made.factors.items()}
+        if on_calibration is not None:
+            on_calibration(made, spared)
+    if isinstance(config, LoraConfig):
+        offer_starts(model, config, starts)
     # The adapter's random numbers must not depend on how many calibration drew.
     set_seed(recipe.training.seed)
     adapted = _put_adapter(model, config, autocast=autocast)
@@ -67,42 +80,42 @@ def put_method(
     return adapted
 
 
+def calibrates(config: PeftConfig) -> bool:
+    """Whether a method looks at text before its adapter is made."""
+    return is_corda(config) or (isinstance(config, SecuraConfig) and config.selection == "calibrated")
+
+
 def _calibrated(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    config: SecuraConfig,
-    examples: Sequence[Mapping[str, Any]] | None,
-    *,
-    chosen: bool,
-) -> Calibration | None:
-    if chosen:
-        config.factors_saved = True
-        return None
-    if config.selection != "calibrated":
-        return None
-    return calibrate(model, tokenizer, config, examples=examples)
-
-
-def _corda(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     recipe: Recipe,
-    config: LoraConfig,
-    factors: Mapping[str, Tensor] | None,
-) -> tuple[dict[str, Start], Calibration | None]:
-    """Where each layer starts, left for PEFT to find."""
-    assert isinstance(recipe.adapter, CordaAdapter)
-    wanted = recipe.adapter.calibration
-    starts: dict[str, Start]
-    calibration: Calibration | None = None
-    if factors is not None:
-        starts = read_starts(factors)
+    config: PeftConfig,
+    examples: Sequence[Mapping[str, Any]] | None,
+    shared: SharedCalibration | None,
+) -> tuple[Calibration, float]:
+    """What calibration makes, SECURA's left for the adapter to find.
+
+    Returns:
+        It, and the seconds that another run has spent on it for this one.
+    """
+    if shared is not None and shared.exists():
+        made, seconds = shared.read(tokenizer)
+        if isinstance(config, SecuraConfig):
+            put_factors(target_layers(model, config), made)
+        return made, seconds
+    began = time.perf_counter()
+    text = shared.found_text() if shared is not None else None
+    if isinstance(config, SecuraConfig):
+        made = calibrate(model, tokenizer, config, text_path=text, examples=examples)
     else:
-        text = recipe.resolve_path(wanted.text) if wanted.text is not None else None
+        assert isinstance(config, LoraConfig) and isinstance(recipe.adapter, CordaAdapter)
+        wanted = recipe.adapter.calibration
+        text = recipe.resolve_path(wanted.text) if wanted.text is not None else text
         sizes: Any = {"num_tokens": wanted.num_tokens, "seed": wanted.seed}
-        starts, calibration = corda_starts(model, tokenizer, config, text=text, **sizes)
-    offer_starts(model, config, starts)
-    return starts, calibration
+        made = corda_starts(model, tokenizer, config, text=text, **sizes)
+    if shared is not None:
+        on_main(partial(shared.keep, made, time.perf_counter() - began))
+    return made, 0.0
 
 
 def refuse_head(model: PreTrainedModel, config: PeftConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from secura_ds.adapter import SecuraConfig, secura_layers
 from secura_ds.adapter.corda import start_tensors
 from secura_ds.adapter.loading import TOLERANCE, fingerprint_error
 from secura_ds.backbones import load_model, load_tokenizer
-from secura_ds.calibration import Calibration
 from secura_ds.errors import UserError
 from secura_ds.recipe import Recipe
-from secura_ds.training.method import put_method
+from secura_ds.training.method import OnCalibration, put_method
+from secura_ds.training.shared import SharedCalibration
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +31,10 @@ def build_model(
     *,
     device: torch.device | None = None,
     sharded: bool = False,
-    on_calibration: Callable[[Calibration], object] | None = None,
+    on_calibration: OnCalibration | None = None,
     factors: Mapping[str, Tensor] | None = None,
     examples: Sequence[Mapping[str, Any]] | None = None,
+    shared: SharedCalibration | None = None,
 ) -> tuple[PeftModel | PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the backbone, calibrate it if the recipe says so, and put the recipe's method onto it.
 
@@ -43,9 +44,10 @@ def build_model(
     Args:
         device: where a model that is not sharded goes; None leaves it on the CPU.
         sharded: DeepSpeed (any stage) will own the parameters, which then must all have one dtype.
-        on_calibration: is given what calibration made, on every rank, if the recipe calls for one.
+        on_calibration: is given what calibration made or found, on every rank, if the recipe calls for one.
         factors: frozen buffers of an earlier run (`frozen_factors`), instead of choosing them anew.
         examples: what is to be learnt, for a calibration that looks at it.
+        shared: where other runs may have left what calibration would make, and find it.
 
     Raises:
         UserError: anything in the recipe that does not fit the backbone; the message names it.
@@ -65,6 +67,7 @@ def build_model(
         on_calibration=on_calibration,
         factors=factors,
         examples=examples,
+        shared=shared,
     )
     if factors is not None:
         load_factors(adapted, factors)

@@ -52,6 +52,7 @@ from secura_ds.training.model import (
 from secura_ds.training.release import release
 from secura_ds.training.result import finish
 from secura_ds.training.session import Session, session
+from secura_ds.training.shared import SharedCalibration
 from secura_ds.training.strategy import Steps, Strategy
 from secura_ds.training.trainer import Trainer
 
@@ -64,7 +65,10 @@ class Diverged(UserError):
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What `run.json` says of a run. `seconds` and memory are this process's, `tokens` all ranks'."""
+    """What `run.json` says of a run. `seconds` and memory are this process's, `tokens` all ranks'.
+
+    `seconds` are with a calibration that another run has done for this one.
+    """
 
     status: str
     """`finished`, `interrupted` (by a signal, with a checkpoint) or `stopped` (the loss was not finite)."""
@@ -89,6 +93,8 @@ class Stage:
     """Output folder of the run before: this one begins with the parameters of its last checkpoint."""
     strategy: Strategy = field(default_factory=Strategy)
     """What continual learning adds to training."""
+    calibration: SharedCalibration | None = None
+    """What calibration wrote and chose for the same task before; kept there for the next run of it."""
     measure: Callable[[Trainer], None] | None = None
     """Called on all ranks once the adapter is written, with the model in memory; the same again on resume."""
 
@@ -131,14 +137,9 @@ def _train(
     train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
     preflight.check_examples(len(train_rows), recipe)
     found = on_main(lambda: _find_checkpoint(recipe, folder)) if resume else None
-    planned = check_memory(
-        recipe,
-        train_rows,
-        opened.settings,
-        calibrates=found is None and (stage.start is None or _chooses_anew(recipe)),
-    )
+    planned = check_memory(recipe, train_rows, opened.settings, calibrates=_calibrates(recipe, found, stage))
     data = (train_rows, validation)
-    trainer = _make_trainer(recipe, folder, opened, data, found, base, stage, overwrite=overwrite)
+    trainer, spared = _make_trainer(recipe, folder, opened, data, found, base, stage, overwrite=overwrite)
     signals = Signals()
     agreement = _add_callbacks(trainer, recipe, folder, signals)
     with signals.watched():
@@ -151,7 +152,7 @@ def _train(
         summary = RunSummary(
             status=_status(agreement),
             steps=trainer.state.global_step,
-            seconds=time.perf_counter() - began,
+            seconds=time.perf_counter() - began + spared,
             peak_memory_bytes=peak_memory(),
             planned_memory_bytes=planned.needed_bytes if planned is not None else None,
             trainable_parameters=_count(trainer.model),
@@ -190,7 +191,7 @@ def _open_folder(
     recipe: Recipe,
     folder: Path,
     found: Path | None,
-    calibrations: Sequence[Calibration],
+    calibrations: Sequence[tuple[Calibration, float]],
     *,
     overwrite: bool,
 ) -> None:
@@ -203,7 +204,7 @@ def _open_folder(
     atomic_write_json(folder / "recipe.resolved.json", recipe.resolved())
     about = {**environment.describe_environment(), "seed": recipe.training.seed}
     atomic_write_json(folder / "environment.json", about)
-    for calibration in calibrations:
+    for calibration, _ in calibrations:
         calibration.save(folder / "calibration.jsonl")
 
 
@@ -217,24 +218,29 @@ def _make_trainer(
     stage: Stage,
     *,
     overwrite: bool,
-) -> Trainer:
-    """Build the model, open the folder and put both into a Trainer that goes on from `found`."""
+) -> tuple[Trainer, float]:
+    """Build the model, open the folder and put both into a Trainer that goes on from `found`.
+
+    Returns:
+        The trainer, and the seconds of a calibration that another run has done for this one.
+    """
     checkpoints = folder / "checkpoints"
     resumed = (found, files.read(found)) if found is not None else None
-    renewed = found is None and stage.start is not None and _chooses_anew(recipe)
-    start = on_main(lambda: _last_of(stage.start)) if found is None and not renewed else None
+    goes_on = found is None and not _chooses(recipe, found, stage)
+    start = on_main(lambda: _last_of(stage.start)) if goes_on else None
     earlier = found or start
     expected = files.factors_of(earlier) if earlier is not None else None
     kept_in = earlier.parent if earlier is not None else checkpoints
     whole = on_main(lambda: _factors_are_whole(kept_in, expected))
-    calibrations: list[Calibration] = []
+    calibrations: list[tuple[Calibration, float]] = []
     model, tokenizer = build_model(
         recipe,
         device=opened.arguments.device,
         sharded=opened.settings is not None,
-        on_calibration=calibrations.append,
+        on_calibration=lambda *made: calibrations.append(made),
         factors=files.read_factors(kept_in, expected) if earlier is not None and whole else None,
         examples=data[0],
+        shared=stage.calibration,
     )
     logger.info("%s", describe_adapter(model, recipe))
     if not whole and expected is not None:
@@ -243,6 +249,7 @@ def _make_trainer(
         on_main(lambda: require_names(model, base))
     # Only now is an earlier run deleted: what the recipe asks for fits the backbone.
     on_main(lambda: _open_folder(recipe, folder, found, calibrations, overwrite=overwrite))
+    spared = sum(seconds for _, seconds in calibrations)
     calibrations.clear()  # the factors are in the model
     trainer = Trainer(
         model,
@@ -262,13 +269,22 @@ def _make_trainer(
         state = resumed[1].state
         states.check_batch(state, trainer.batch_over_all_ranks, recipe.training.micro_batch_size)
         trainer.factors = expected
-    return trainer
+    return trainer, spared
 
 
-def _chooses_anew(recipe: Recipe) -> bool:
-    """Whether each task of a sequence gets factors of its own, as M1 leaves nothing in the last task's."""
+def _chooses(recipe: Recipe, found: Path | None, stage: Stage) -> bool:
+    """Whether a run chooses factors of its own.
+
+    The later tasks of a sequence do under M1, which leaves nothing in the last task's.
+    """
     adapter = recipe.adapter
-    return isinstance(adapter, CabrSettings) and adapter.contrasts and adapter.strategy == "M1"
+    renews = isinstance(adapter, CabrSettings) and adapter.contrasts and adapter.strategy == "M1"
+    return found is None and (stage.start is None or renews)
+
+
+def _calibrates(recipe: Recipe, found: Path | None, stage: Stage) -> bool:
+    shared = stage.calibration
+    return _chooses(recipe, found, stage) and not (shared is not None and shared.exists())
 
 
 def _beginning(stage: Stage, start: Path | None) -> Callable[[nn.Module], None] | None:

@@ -61,8 +61,8 @@ def test_the_start_by_hand(monkeypatch: pytest.MonkeyPatch, mode: str, expected:
     """W S is diag(2, 9) up to a factor, so that the weight 2 is excited least, although it is the larger."""
     monkeypatch.setattr(corda, "generate", lambda *_: torch.tensor([[0, 1], [1, 0]]))
     model, wanted = Tiny(), config(1, ["linear"], mode, lora_alpha=4)
-    starts, made = corda_starts(model, Letters(), wanted, num_tokens=4, seed=0, progress=False)
-    A, B = starts["linear"]
+    made = corda_starts(model, Letters(), wanted, num_tokens=4, seed=0, progress=False)
+    A, B = made.factors["linear"], made.outputs["linear"]
     torch.testing.assert_close(4 * B @ A, torch.diag(torch.tensor(expected)), rtol=1e-5, atol=1e-6)
     assert made.texts == ["ab", "ba"] and not hasattr(model.linear, "eigens")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -22,8 +23,8 @@ from secura_ds.continual import SequencesSummary, Share, run_sequences
 from secura_ds.continual import measure as measuring
 from secura_ds.errors import UserError
 from secura_ds.evaluation import evaluate
-from secura_ds.recipe import EvaluationRecipe, SequenceRecipe, load_sequence_recipe
-from secura_ds.training import callbacks, train
+from secura_ds.recipe import EvaluationRecipe, SequenceRecipe, load_recipe, load_sequence_recipe
+from secura_ds.training import callbacks, method, train
 from secura_ds.training.trainer import Trainer
 
 SECURA = {"method": "secura", "cur_rank": 7, "inner_rank": 9}
@@ -34,6 +35,7 @@ CONTRAST = SECURA | {
     "init": "orthonormal",
     "calibration": {"mode": "contrast", "num_tokens": 320},
 }
+CORDA = {"method": "corda", "rank": 3, "target_modules": ["q_proj"], "calibration": {"num_tokens": 320}}
 LORA = {"method": "lora", "rank": 3, "target_modules": ["q_proj"]}
 ENTRIES = [
     # A penalty strong enough to show in three steps.
@@ -145,8 +147,6 @@ def test_contrast_under_m1_takes_new_factors_for_each_task(whole: Path) -> None:
 
 
 def test_one_task_is_the_run_of_launch_train(whole: Path, tmp_path: Path) -> None:
-    from secura_ds.recipe import load_recipe
-
     stage = whole / "results" / "sequences" / "seq-lr0.01-order1-seed0" / "stages" / "01-sums"
     recipe = load_recipe(stage / "recipe.resolved.json", [f"training.output_dir={tmp_path / 'run'}"])
     train(recipe)
@@ -293,6 +293,49 @@ def test_processes_that_share_the_sequences_fill_one_folder(whole: Path, tmp_pat
         UserError, match="--share 4/4: the recipe has too few sequences .*: divide them by less"
     ):
         run_sequences(load(tmp_path), resume=True, share=Share(4, 4))
+
+
+def test_calibration_is_done_once_for_all_rates_and_orders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what shares it learns what it would have learnt without."""
+    written: list[int] = []
+    chosen: list[str] = []
+    for name in ("secura_ds.calibration.factors", "secura_ds.calibration.corda"):
+        real = importlib.import_module(name).generate
+        monkeypatch.setattr(f"{name}.generate", lambda *a, real=real: written.append(1) or real(*a))
+    for name in ("calibrate", "corda_starts"):
+        real = getattr(method, name)
+        monkeypatch.setattr(method, name, lambda *a, n=name, r=real, **k: chosen.append(n) or r(*a, **k))
+    entries = [
+        entry("contrast") | {"learning_rates": [0.01, 0.02]},
+        {"name": "corda", "adapter": CORDA, "learning_rates": [0.01, 0.02]},
+    ]
+    write_sequence_toy(tmp_path, entries=entries, orders=[["sums", "names"], ["names", "sums"]])
+    assert run_sequences(load(tmp_path)).finished == 8
+    assert written == [1]
+    # Of two tasks each; CorDA's belong to the first task of an order.
+    assert chosen == ["calibrate", "calibrate", "corda_starts", "corda_starts"]
+    for sequence in results(tmp_path)["sequences"]:
+        (stage,) = (tmp_path / "results" / sequence["folder"]).glob("stages/01-*")
+        train(load_recipe(stage / "recipe.resolved.json", [f"training.output_dir={tmp_path / 'alone'}"]))
+        alone, expected = adapter(tmp_path / "alone"), adapter(stage)
+        assert all(torch.equal(value, expected[name]) for name, value in alone.items())
+        assert losses(tmp_path / "alone") == losses(stage)
+        shutil.rmtree(tmp_path / "alone")
+
+
+def test_damaged_factors_are_chosen_anew(
+    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_sequence_toy(tmp_path, entries=[entry("contrast")], orders=[["sums"]])
+    factors = tmp_path / "results/calibration/contrast-sums-seed0.safetensors"
+    factors.parent.mkdir(parents=True)
+    factors.write_bytes(b"cut off")
+    assert run_sequences(load(tmp_path)).finished == 1
+    assert f"{factors} is damaged" in caplog.text
+    kept = whole / "results/calibration" / factors.name
+    assert all(torch.equal(value, load_file(kept)[name]) for name, value in load_file(factors).items())
 
 
 @pytest.mark.parametrize("given", ["0/2", "3/2", "2", "1/x", "-1/2", ""])
