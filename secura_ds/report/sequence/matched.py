@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from secura_ds.continual.metrics import Estimate
-from secura_ds.report.sequence.entries import Line
+from secura_ds.report.sequence.entries import Entry, Line
 from secura_ds.report.sequence.measures import Measure
 
 
@@ -23,9 +23,10 @@ class Matched:
 def matched(found: Sequence[Line], across: Measure, along: Measure) -> Matched | None:
     """Compare lines at the value of `across` that most of them span; None if no two span the same.
 
-    A line of one entry spans nothing. Among places of equally many lines, the middle of the widest wins.
+    `across` must be a loss: rates spread it over decades, so distances are those of its logarithm. A line of
+    one entry spans nothing. Among places of equally many lines, the middle of the widest wins.
     """
-    values = [[x.value for entry in line.entries if (x := across.of(entry))] for line in found]
+    values = [[math.log(x.value) for entry in line.entries if (x := _loss(across, entry))] for line in found]
     spans = [(min(v), max(v)) for v in values if len(v) > 1]
     edges = sorted({edge for span in spans for edge in span})
     places = [((low + high) / 2, high - low) for low, high in pairwise(edges)]
@@ -34,19 +35,29 @@ def matched(found: Sequence[Line], across: Measure, along: Measure) -> Matched |
     place, _ = max(places, key=lambda at: (sum(low < at[0] < high for low, high in spans), at[1]))
     read = [(line, value) for line in found if (value := _at(line, place, across, along))]
     read.sort(key=lambda pair: -along.better * pair[1].value)
-    return Matched(place, tuple(read)) if len(read) > 1 else None
+    return Matched(math.exp(place), tuple(read)) if len(read) > 1 else None
+
+
+def _loss(across: Measure, entry: Entry) -> Estimate | None:
+    found = across.of(entry)
+    return found if found is not None and found.value > 0 else None
+
+
+def _logarithm(loss: Estimate) -> Estimate:
+    error = None if loss.stderr is None else loss.stderr / loss.value
+    return Estimate(math.log(loss.value), error)
 
 
 def _at(line: Line, place: float, across: Measure, along: Measure) -> Estimate | None:
-    """The line's height at `place`, by straight interpolation between the first two rates around it.
+    """The line's height at the logarithm `place`, straight between the first two rates around it.
 
     Its error joins those of both ends and, by the slope, those of their places. Both ends are scored on the
     same items, so it is their plain mean, not a smaller one.
     """
     points = [
-        (x, y)
+        (_logarithm(x), y)
         for entry in line.entries
-        if (x := across.of(entry)) and (y := entry.summary(*along.keys, given_before=True))
+        if (x := _loss(across, entry)) and (y := entry.summary(*along.keys, given_before=True))
     ]
     for (x0, y0), (x1, y1) in pairwise(points):
         if x0.value == x1.value or not min(x0.value, x1.value) <= place <= max(x0.value, x1.value):
