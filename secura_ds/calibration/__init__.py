@@ -2,6 +2,15 @@
 
 from secura_ds.calibration.corda import corda_starts
 from secura_ds.calibration.factors import calibrate, linear_targets, put_factors, target_layers
+from secura_ds.calibration.sensitivity import Earlier
 from secura_ds.calibration.text import Calibration
 
-__all__ = ["Calibration", "calibrate", "corda_starts", "linear_targets", "put_factors", "target_layers"]
+__all__ = [
+    "Calibration",
+    "Earlier",
+    "calibrate",
+    "corda_starts",
+    "linear_targets",
+    "put_factors",
+    "target_layers",
+]

@@ -24,6 +24,8 @@ def contrast_factors(
     task: Sequence[Batch],
     config: SecuraConfig,
     *,
+    earlier: Sequence[Batch],
+    num_earlier: int,
     memory_limit: int,
     show: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -32,6 +34,7 @@ def contrast_factors(
     Args:
         groups: `layers` by the input that they share.
         general, task: the text to leave as it is, and the examples to be learnt.
+        earlier, num_earlier: examples of so many earlier tasks, to leave as they are, too.
         memory_limit: bytes that second moments may take, with more passes over both to keep to it.
 
     Raises:
@@ -43,7 +46,7 @@ def contrast_factors(
         return 2 * [group.leader.in_features, *(layers[name].out_features for name in group.names)]
 
     runs = list(within_memory(groups, memory_limit, widths))
-    passes = sum(len(turns(len(batches))) for batches in (general, task))
+    passes = sum(len(turns(len(batches))) for batches in (general, task, earlier))
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     with tqdm(total=passes * len(runs) + len(layers), desc="calibration: contrast", disable=not show) as bar:
@@ -52,6 +55,10 @@ def contrast_factors(
             of_text, of_task = (
                 sensitivities(model, run, layers, owner, batches, bar) for batches in (general, task)
             )
+            if earlier:
+                of_earlier = sensitivities(model, run, layers, owner, earlier, bar)
+                pairs = zip(of_text, of_earlier, strict=True)
+                of_text = [a.plus(b, num_earlier) if a is not None and b is not None else a for a, b in pairs]
             _solve(run, owner, of_text, of_task, layers, config, (inputs, outputs), device, bar)
     return inputs, outputs
 

@@ -7,6 +7,7 @@ block's activations exist.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -34,6 +35,15 @@ class Batch(NamedTuple):
     targets: Tensor
 
 
+class Earlier(NamedTuple):
+    """Examples of earlier tasks, to be left as they are like general text."""
+
+    rows: Sequence[Mapping[str, Any]]
+    """As training learns them: `input_ids` and `labels`."""
+    tasks: int
+    """How many tasks they are of: together they weigh as much as so many general texts."""
+
+
 class Sensitivity(NamedTuple):
     """Second moments of one group of layers with the same input, in fp32."""
 
@@ -41,6 +51,11 @@ class Sensitivity(NamedTuple):
     """S (in, in), mean over tokens."""
     gradients: dict[str, Tensor]
     """F (out, out) of each layer, by name, mean over learnt tokens."""
+
+    def plus(self, other: Sensitivity, times: int) -> Sensitivity:
+        """What leaves alone both this text and `times` of the other."""
+        gradients = {name: F + times * other.gradients[name] for name, F in self.gradients.items()}
+        return Sensitivity(self.inputs + times * other.inputs, gradients)
 
 
 def text_batches(token_ids: Tensor) -> list[Batch]:
@@ -50,7 +65,7 @@ def text_batches(token_ids: Tensor) -> list[Batch]:
     return [Batch(ids, torch.ones_like(ids), part) for ids, part in parts]
 
 
-def example_batches(rows: Sequence[Mapping[str, Any]], num_tokens: int) -> list[Batch]:
+def example_batches(rows: Sequence[Mapping[str, Any]], num_tokens: float = math.inf) -> list[Batch]:
     """Batches of the first training examples that hold `num_tokens` tokens in all, as training learns them.
 
     Raises:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from secura_ds.recipe import CabrSettings, CordaAdapter, Sequence
+from secura_ds.recipe import CabrSettings, CordaAdapter, Protection, Sequence
 from secura_ds.training.shared import SharedCalibration
 
 OWN = (
@@ -63,8 +63,10 @@ def shared_calibration(folder: Path, sequence: Sequence, number: int) -> SharedC
     if isinstance(adapter, CabrSettings) and adapter.selection != "calibrated":
         return None
     settings, place = adapter.calibration, folder / "calibration"
+    factors = place / f"{sequence.entry.name}-{sequence.order[number]}-seed{sequence.seed}.safetensors"
+    after_others = number > 0 and isinstance(sequence.entry.strategy, Protection)
     return SharedCalibration(
-        factors=place / f"{sequence.entry.name}-{sequence.order[number]}-seed{sequence.seed}.safetensors",
+        factors=None if after_others else factors,
         text=None if settings.text is not None else place / f"{settings.num_tokens}-{settings.seed}.jsonl",
     )
 

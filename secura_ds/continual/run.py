@@ -16,7 +16,7 @@ from secura_ds.continual.material import write_material
 from secura_ds.continual.measure import measure
 from secura_ds.continual.places import StagePlaces, shared_calibration, stage_places
 from secura_ds.continual.results import diverged_mark, write_results
-from secura_ds.continual.stage import carry_on, make_strategy, stage_recipe
+from secura_ds.continual.stage import carry_on, earlier_examples, make_strategy, stage_recipe
 from secura_ds.errors import UserError
 from secura_ds.files import atomic_write_json, remove_folder
 from secura_ds.ranks import on_main
@@ -150,6 +150,7 @@ def _run_sequence(
         stage = Stage(
             start=places[number - 1].run if number else None,
             strategy=make_strategy(recipe, sequence, number, folder, tokenizer),
+            earlier=earlier_examples(recipe, sequence, number, folder, tokenizer),
             calibration=shared_calibration(folder, sequence, number),
             measure=measured,
         )

@@ -9,6 +9,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from secura_ds.calibration import Earlier
 from secura_ds.continual import strategies
 from secura_ds.continual.places import stage_places, task_files
 from secura_ds.data import build_datasets
@@ -19,6 +20,7 @@ from secura_ds.recipe import (
     ElasticWeights,
     ExperienceReplay,
     InterpolatedLora,
+    Protection,
     Recipe,
     Sequence,
     SequenceRecipe,
@@ -79,7 +81,10 @@ def make_strategy(
     settings = sequence.entry.strategy
     before = stage_places(folder, sequence, number - 1) if number else None
     if isinstance(settings, ExperienceReplay | InterpolatedLora):
-        replay = _replay(settings, recipe, sequence, number, folder, tokenizer) if number else None
+        replay = None
+        if number:
+            rows = _buffer(settings.buffer_size, recipe, sequence, number, folder, tokenizer)
+            replay = Replay(rows, settings.per_step)
         if isinstance(settings, ExperienceReplay):
             return strategies.ExperienceReplay(replay)
         memory = None
@@ -104,27 +109,45 @@ def _kept_memory(run: Path) -> dict[str, Any]:
     return {n.removeprefix(STRATEGY): value for n, value in tensors.items() if n.startswith(STRATEGY)}
 
 
-def _replay(
-    settings: ExperienceReplay | InterpolatedLora,
+def earlier_examples(
     recipe: SequenceRecipe,
     sequence: Sequence,
     number: int,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
-) -> Replay:
+) -> Earlier | None:
+    """What the calibration for the task at position `number` keeps clear of; None if of nothing.
+
+    Collective: the main process writes the buffer's examples down.
+    """
+    settings = sequence.entry.strategy
+    if not isinstance(settings, Protection) or not number:
+        return None
+    rows = _buffer(settings.buffer_size, recipe, sequence, number, folder, tokenizer)
+    return Earlier(rows.to_list(), number)
+
+
+def _buffer(
+    size: int,
+    recipe: SequenceRecipe,
+    sequence: Sequence,
+    number: int,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Dataset:
+    """Write down which examples of the tasks before are kept, and read them."""
     path = stage_places(folder, sequence, number).buffer
 
     def write() -> None:
-        earlier = [
-            task_files(folder, task).train.read_text(encoding="utf-8").splitlines(keepends=True)
-            for task in sequence.order[:number]
+        texts = [
+            task_files(folder, task).train.read_text(encoding="utf-8") for task in sequence.order[:number]
         ]
-        kept = strategies.buffered(earlier, settings.buffer_size, sequence.seed)
-        atomic_write_text(path, "".join(kept))
+        # Not splitlines, which takes a line separator inside a string for the end of a line.
+        kept = strategies.buffered([t.split("\n")[:-1] for t in texts], size, sequence.seed)
+        atomic_write_text(path, "".join(f"{line}\n" for line in kept))
 
     on_main(write)
-    rows = _rows(recipe, sequence, number, folder, path, tokenizer)
-    return Replay(rows, settings.per_step)
+    return _rows(recipe, sequence, number, folder, path, tokenizer)
 
 
 def _rows(

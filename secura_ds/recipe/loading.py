@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Location = tuple[int | str, ...]
 Document = TypeVar("Document", Recipe, SequenceRecipe)
 # pydantic puts the value that tells sections apart into the location of an error.
-TAGS = {"method": METHODS, "kind": ("seq", "er", "ewc", "i-lora")}
+TAGS = {"method": METHODS, "kind": ("seq", "er", "ewc", "i-lora", "protect")}
 _ALL_TAGS = tuple(tag for tags in TAGS.values() for tag in tags)
 
 

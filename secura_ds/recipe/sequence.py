@@ -81,8 +81,18 @@ class InterpolatedLora(Section):
     """Weight of the squared distance between both memories' last hidden states of replayed examples."""
 
 
+class Protection(Section):
+    """C and R are chosen clear of what earlier tasks need, as they are of general text."""
+
+    kind: Literal["protect"]
+    """The strategy."""
+    buffer_size: PositiveInt = 200
+    """Examples that are kept of all earlier tasks together, as many of each."""
+
+
 AnyStrategy = Annotated[
-    Sequential | ExperienceReplay | ElasticWeights | InterpolatedLora, Field(discriminator="kind")
+    Sequential | ExperienceReplay | ElasticWeights | InterpolatedLora | Protection,
+    Field(discriminator="kind"),
 ]
 
 
@@ -101,6 +111,13 @@ class Entry(Section):
     @classmethod
     def _combines(cls, value: AnyStrategy, info: ValidationInfo) -> AnyStrategy:
         adapter = info.data.get("adapter")
+        if isinstance(value, Protection) and not (
+            isinstance(adapter, CabrSettings) and adapter.contrasts and adapter.strategy == "M1"
+        ):
+            raise ValueError(
+                '"protect" acts where each task has factors of its own: use it with selection "calibrated", '
+                'calibration.mode "contrast" and strategy "M1", or another strategy'
+            )
         if value.kind in ("ewc", "i-lora") and isinstance(adapter, CabrSettings):
             reason = (
                 'strategy "M1"' if adapter.strategy == "M1" else "fold_every" if adapter.fold_every else None
@@ -240,6 +257,7 @@ __all__ = [
     "Entry",
     "ExperienceReplay",
     "InterpolatedLora",
+    "Protection",
     "Sequence",
     "SequenceData",
     "SequenceEvaluation",

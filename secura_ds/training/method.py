@@ -17,7 +17,7 @@ from secura_ds.adapter import SecuraConfig
 from secura_ds.adapter.corda import Start, is_corda, keep_starts, offer_starts, read_starts
 from secura_ds.adapter.osf import prepare_osf
 from secura_ds.backbones.adapter import adapter_config, train_weights
-from secura_ds.calibration import Calibration, calibrate, corda_starts, put_factors, target_layers
+from secura_ds.calibration import Calibration, Earlier, calibrate, corda_starts, put_factors, target_layers
 from secura_ds.errors import UserError
 from secura_ds.ranks import on_main
 from secura_ds.recipe import CordaAdapter, FullTraining, Recipe
@@ -36,6 +36,7 @@ def put_method(
     on_calibration: OnCalibration | None = None,
     factors: Mapping[str, Tensor] | None = None,
     examples: Sequence[Mapping[str, Any]] | None = None,
+    earlier: Earlier | None = None,
     shared: SharedCalibration | None = None,
 ) -> PeftModel | PreTrainedModel:
     """The model that is trained. Collective where a method calibrates.
@@ -45,6 +46,7 @@ def put_method(
         on_calibration: is given what calibration made, or found in `shared`.
         factors: what an earlier run chose (`frozen_factors`), instead of choosing it anew.
         examples: what is to be learnt, for a calibration that looks at it.
+        earlier: what was learnt before and is to be kept, the same.
         shared: where other runs may have left what calibration would make, and find it.
 
     Raises:
@@ -64,7 +66,7 @@ def put_method(
         elif is_corda(config):
             starts = read_starts(factors)
     elif calibrates(config):
-        made, spared = _calibrated(model, tokenizer, recipe, config, examples, shared)
+        made, spared = _calibrated(model, tokenizer, recipe, config, examples, earlier, shared)
         if is_corda(config):
             starts = {name: Start(A, made.outputs[name]) for name, A in made.factors.items()}
         if on_calibration is not None:
@@ -91,6 +93,7 @@ def _calibrated(
     recipe: Recipe,
     config: PeftConfig,
     examples: Sequence[Mapping[str, Any]] | None,
+    earlier: Earlier | None,
     shared: SharedCalibration | None,
 ) -> tuple[Calibration, float]:
     """What calibration makes, SECURA's left for the adapter to find.
@@ -106,7 +109,7 @@ def _calibrated(
     began = time.perf_counter()
     text = shared.found_text() if shared is not None else None
     if isinstance(config, SecuraConfig):
-        made = calibrate(model, tokenizer, config, text_path=text, examples=examples)
+        made = calibrate(model, tokenizer, config, text_path=text, examples=examples, earlier=earlier)
     else:
         assert isinstance(config, LoraConfig) and isinstance(recipe.adapter, CordaAdapter)
         wanted = recipe.adapter.calibration

@@ -18,6 +18,7 @@ from secura_ds.adapter import SecuraConfig, secura_layers
 from secura_ds.adapter.corda import start_tensors
 from secura_ds.adapter.loading import TOLERANCE, fingerprint_error
 from secura_ds.backbones import load_model, load_tokenizer
+from secura_ds.calibration import Earlier
 from secura_ds.errors import UserError
 from secura_ds.recipe import Recipe
 from secura_ds.training.method import OnCalibration, put_method
@@ -34,6 +35,7 @@ def build_model(
     on_calibration: OnCalibration | None = None,
     factors: Mapping[str, Tensor] | None = None,
     examples: Sequence[Mapping[str, Any]] | None = None,
+    earlier: Earlier | None = None,
     shared: SharedCalibration | None = None,
 ) -> tuple[PeftModel | PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the backbone, calibrate it if the recipe says so, and put the recipe's method onto it.
@@ -47,6 +49,7 @@ def build_model(
         on_calibration: is given what calibration made or found, on every rank, if the recipe calls for one.
         factors: frozen buffers of an earlier run (`frozen_factors`), instead of choosing them anew.
         examples: what is to be learnt, for a calibration that looks at it.
+        earlier: what was learnt before and is to be kept, the same.
         shared: where other runs may have left what calibration would make, and find it.
 
     Raises:
@@ -67,6 +70,7 @@ def build_model(
         on_calibration=on_calibration,
         factors=factors,
         examples=examples,
+        earlier=earlier,
         shared=shared,
     )
     if factors is not None:

@@ -17,7 +17,7 @@ from transformers.integrations import TensorBoardCallback
 
 from secura_ds import environment
 from secura_ds.backbones import load_tokenizer
-from secura_ds.calibration import Calibration
+from secura_ds.calibration import Calibration, Earlier
 from secura_ds.data import build_datasets
 from secura_ds.environment import is_main_process
 from secura_ds.errors import UserError
@@ -93,6 +93,8 @@ class Stage:
     """Output folder of the run before: this one begins with the parameters of its last checkpoint."""
     strategy: Strategy = field(default_factory=Strategy)
     """What continual learning adds to training."""
+    earlier: Earlier | None = None
+    """Examples of the tasks before, that calibration is to keep clear of."""
     calibration: SharedCalibration | None = None
     """What calibration wrote and chose for the same task before; kept there for the next run of it."""
     measure: Callable[[Trainer], None] | None = None
@@ -240,6 +242,7 @@ def _make_trainer(
         on_calibration=lambda *made: calibrations.append(made),
         factors=files.read_factors(kept_in, expected) if earlier is not None and whole else None,
         examples=data[0],
+        earlier=stage.earlier,
         shared=stage.calibration,
     )
     logger.info("%s", describe_adapter(model, recipe))

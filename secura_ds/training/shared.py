@@ -25,8 +25,8 @@ class SharedCalibration:
     Several runs may come to it at once: each writes what the others do.
     """
 
-    factors: Path
-    """What `Calibration` holds of every layer, and the text's tokens (safetensors)."""
+    factors: Path | None
+    """What `Calibration` holds of every layer, and the text's tokens (safetensors); None shares text only."""
     text: Path | None
     """The text alone (JSON lines), for other adapters and tasks, too; None where the recipe names its own."""
 
@@ -36,6 +36,7 @@ class SharedCalibration:
 
     def read(self, tokenizer: Any) -> tuple[Calibration, float]:
         """What another run has chosen, and how many seconds it took."""
+        assert self.factors is not None
         with safe_open(str(self.factors), framework="pt") as file:
             seconds = float(file.metadata()["seconds"])
         tensors = load_file(self.factors)
@@ -51,6 +52,8 @@ class SharedCalibration:
         """Write down what a run has chosen. Main process only."""
         if self.text is not None and not self.text.is_file():
             calibration.save(self.text)
+        if self.factors is None:
+            return
         parts = {part: getattr(calibration, part) for part in _PARTS}
         tensors = {f"{part}/{name}": tensor for part in _PARTS for name, tensor in parts[part].items()}
         tensors["token_ids"] = calibration.token_ids
@@ -62,6 +65,8 @@ class SharedCalibration:
         return text if text is not None and on_main(text.is_file) else None
 
     def _readable(self) -> bool:
+        if self.factors is None:
+            return False
         try:
             with safe_open(str(self.factors), framework="pt"):
                 return True

@@ -30,6 +30,7 @@ ENTRIES = [
             "strategy": "M1", "selection": "calibrated", "init": "orthonormal",
             "calibration": {"mode": "contrast", "num_tokens": 320},
         },
+        "strategy": {"kind": "protect", "buffer_size": 4},
         "learning_rates": [0.002],
     },
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from secura_ds.continual.metrics import sequence_metrics as metrics_of
 from secura_ds.report.sequence.folder import Measured, Probe, ResultsFolder, Task, TaskSequence
 from secura_ds.report.verdict import METHOD_NAMES
 
-STRATEGY_NAMES = {"seq": "", "er": "replay", "ewc": "EWC", "i-lora": "I-LoRA"}
+STRATEGY_NAMES = {"seq": "", "er": "replay", "ewc": "EWC", "i-lora": "I-LoRA", "protect": "protection"}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from secura_ds.continual.metrics import Estimate
+from secura_ds.continual.metrics import Estimate, Summary
 from secura_ds.report.sequence.entries import Entry, Line
 from secura_ds.report.sequence.measures import Measure
 
@@ -38,12 +38,12 @@ def matched(found: Sequence[Line], across: Measure, along: Measure) -> Matched |
     return Matched(math.exp(place), tuple(read)) if len(read) > 1 else None
 
 
-def _loss(across: Measure, entry: Entry) -> Estimate | None:
+def _loss(across: Measure, entry: Entry) -> Summary | None:
     found = across.of(entry)
     return found if found is not None and found.value > 0 else None
 
 
-def _logarithm(loss: Estimate) -> Estimate:
+def _logarithm(loss: Summary) -> Estimate:
     error = None if loss.stderr is None else loss.stderr / loss.value
     return Estimate(math.log(loss.value), error)
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config, PretrainedConfig, Qwen2Config
 
 from secura_ds.adapter import SecuraConfig
-from secura_ds.calibration import calibrate, sensitivity, target_layers
+from secura_ds.calibration import Earlier, calibrate, sensitivity, target_layers
 from secura_ds.calibration.factors import frozen
 from secura_ds.calibration.moments import input_groups
 from secura_ds.errors import UserError
@@ -208,6 +208,42 @@ def test_little_memory_gives_the_same_factors_in_more_passes() -> None:
     for name in once.factors:
         assert torch.equal(once.factors[name], often.factors[name])
         assert torch.equal(once.outputs[name], often.outputs[name])
+
+
+def test_factors_keep_clear_of_earlier_tasks_as_of_general_text() -> None:
+    """Each of two tasks weighs as much as the text; the ratio by hand, from moments that are tested above."""
+    model = toy_llama().requires_grad_(False)
+    config, rows = config_of(), EXAMPLES[: len(EXAMPLES) // 2]
+    free = calibrate(model, toy_tokenizer(), config, examples=EXAMPLES, progress=False)
+    clear = calibrate(
+        model, toy_tokenizer(), config, examples=EXAMPLES, earlier=Earlier(rows, 2), progress=False
+    )
+    layers = target_layers(model, config)
+    groups = input_groups(model.base_model, layers, free.token_ids)
+    parts = (
+        sensitivity.text_batches(free.token_ids),
+        sensitivity.example_batches(EXAMPLES, 400),
+        sensitivity.example_batches(rows),
+    )
+    with frozen(model), tqdm(disable=True) as bar:
+        found = [
+            sensitivity.sensitivities(model, groups, layers, [0] * len(groups), part, bar) for part in parts
+        ]
+    for group, text, task, before in zip(groups, *found, strict=True):
+        assert text is not None and task is not None and before is not None
+        R = contrast(task.inputs, text.inputs + 2 * before.inputs, 8).T
+        for name in group.names:
+            torch.testing.assert_close(clear.factors[name], R, rtol=0, atol=1e-4 * float(R.abs().max()))
+            C = contrast(task.gradients[name], text.gradients[name] + 2 * before.gradients[name], 8)
+            C = C * contrast_scale(8, len(layers))
+            torch.testing.assert_close(clear.outputs[name], C, rtol=0, atol=1e-4 * float(C.abs().max()))
+            assert _excited(clear.factors[name], before.inputs) < _excited(free.factors[name], before.inputs)
+
+
+def _excited(R: Tensor, moment: Tensor) -> float:
+    """Share of a layer's input that rows of R (r, in), taken as directions, see."""
+    Q = torch.linalg.qr(R.T.double()).Q
+    return float((Q.T @ moment.double() @ Q).trace() / moment.double().trace())
 
 
 def test_4_bit_weights_are_calibrated_and_left_as_they_are(tmp_path: Path) -> None:

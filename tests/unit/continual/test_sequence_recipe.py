@@ -71,8 +71,8 @@ def test_a_recipe_loads_again_as_it_was_resolved(path: Path, tmp_path: Path) -> 
     [
         (
             "entries.0.strategy.kind=ewcc",
-            'entries.0.strategy.kind is "ewcc" from --set: should be one of "seq", "er", "ewc", "i-lora"; '
-            "did you mean ewc?",
+            'entries.0.strategy.kind is "ewcc" from --set: should be one of "seq", "er", "ewc", "i-lora", '
+            '"protect"; did you mean ewc?',
         ),
         ("entries.0.adapter.method=dorra", "did you mean dora?"),
         (
@@ -110,6 +110,22 @@ def test_a_method_and_a_strategy_that_do_not_combine(
     found = problem(new)
     assert f"compares parameters over time, and the adapter's {said} moves" in found
     assert 'use strategy "M2" with fold_every 0, or "er"' in found
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"method": "lora"},
+        {"method": "secura", "strategy": "M1"},
+        {"method": "secura", "selection": "calibrated", "calibration": {"mode": "contrast"}},
+    ],
+)
+def test_protection_needs_factors_for_each_task(adapter: dict[str, Any], path: Path, tmp_path: Path) -> None:
+    one = {"name": "x", "learning_rates": [0.1], "adapter": adapter, "strategy": {"kind": "protect"}}
+    found = problem(changed(path, tmp_path, entries=[one]))
+    assert (
+        '"protect" acts where each task has factors of its own: use it with selection "calibrated"' in found
+    )
 
 
 def test_what_full_training_and_4_bit_weights_need(path: Path, tmp_path: Path) -> None:

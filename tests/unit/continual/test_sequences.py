@@ -46,6 +46,7 @@ ENTRIES = [
     {"name": "folded", "adapter": M1, "strategy": strategies()["er"]},
     {"name": "lora", "adapter": LORA, "strategy": strategies()["ewc"]},
     {"name": "contrast", "adapter": CONTRAST},
+    {"name": "protect", "adapter": CONTRAST, "strategy": {"kind": "protect", "buffer_size": 6}},
 ]
 
 
@@ -75,7 +76,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every strategy over the three tasks, uninterrupted."""
     folder = tmp_path_factory.mktemp("whole")
     recipe = load(folder, entries=[entry(e["name"]) for e in ENTRIES])
-    assert run_sequences(recipe) == SequencesSummary(planned=8, finished=8, diverged=0)
+    assert run_sequences(recipe) == SequencesSummary(planned=9, finished=9, diverged=0)
     return folder
 
 
@@ -103,6 +104,7 @@ def test_every_task_and_probe_is_measured_before_and_after_each_task(whole: Path
         "folded": 6,
         "lora": 0,
         "contrast": 0,
+        "protect": 6,
     }
 
 
@@ -144,6 +146,29 @@ def test_contrast_under_m1_takes_new_factors_for_each_task(whole: Path) -> None:
         W = base.get_submodule(name.removeprefix("base_model.model.").removesuffix(".secura_W")).weight
         first_change, second_change = first[name] - W, second[name] - first[name]
         assert first_change.any() and second_change.any()
+
+
+def test_protection_chooses_other_factors_once_there_are_earlier_tasks(whole: Path) -> None:
+    free, clear = (
+        whole / "results" / "sequences" / f"{name}-lr0.01-order1-seed0" / "stages"
+        for name in ("contrast", "protect")
+    )
+    first, second = ((adapter(free / task), adapter(clear / task)) for task in ("01-sums", "02-names"))
+    assert all(torch.equal(value, first[1][name]) for name, value in first[0].items())
+    chosen = [n for n in second[0] if n.endswith(("_C", "_R"))]
+    assert chosen and all(not torch.equal(second[0][n], second[1][n]) for n in chosen)
+
+
+def test_a_line_separator_in_an_example_does_not_end_it(tmp_path: Path) -> None:
+    write_sequence_toy(tmp_path, entries=[entry("er")], orders=[["sums", "names"]])
+    train = tmp_path / "tasks" / "sums-train.jsonl"
+    rows = [json.loads(line) for line in train.read_text().splitlines()]
+    odd = [json.dumps(row | {"completion": "a\u2028b"}, ensure_ascii=False) for row in rows]
+    train.write_text("".join(f"{line}\n" for line in odd), encoding="utf-8")
+    assert run_sequences(load(tmp_path)).finished == 1
+    (buffer,) = (tmp_path / "results/sequences").glob("*/strategy/02-names.buffer.jsonl")
+    kept = [json.loads(line) for line in buffer.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [row["completion"] for row in kept] == ["a\u2028b"] * 6
 
 
 def test_one_task_is_the_run_of_launch_train(whole: Path, tmp_path: Path) -> None:
@@ -190,7 +215,7 @@ class Interruption:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["er", "ewc", "i-lora", "folded", "contrast"])
+@pytest.mark.parametrize("name", ["er", "ewc", "i-lora", "folded", "contrast", "protect"])
 def test_an_interrupted_sequence_is_the_uninterrupted_one(
     name: str, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
