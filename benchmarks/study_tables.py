@@ -1,6 +1,7 @@
-"""The tables of docs/results: what each sequence of a results folder learnt and what it forgot.
+"""The tables of docs/results: what each entry of a results folder learnt and what it forgot.
 
-Changes of probes are from the untouched model, with the standard error of paired items.
+Seeds are one row, their mean. Changes of probes are from the untouched model. Standard errors are those of
+items (paired with the untouched model for probes), joined with the spread over seeds where there are several.
 
     python benchmarks/study_tables.py docs/results/smollm2-eight-tasks-small
 """
@@ -17,8 +18,8 @@ from secura_ds.errors import run_command
 from secura_ds.report import format_table
 from secura_ds.report.sequence.folder import Measured, Probe, Results, TaskSequence, read_results
 
-ALONE = ["order", "entry", "task loss"]
-TOGETHER = ["order", "entry", "loss when learnt", "all at the end", "forgotten"]
+ALONE = ["order", "entry", "seeds", "task loss"]
+TOGETHER = ["order", "entry", "seeds", "loss when learnt", "all at the end", "forgotten"]
 
 
 def named(sequence: TaskSequence) -> str:
@@ -27,16 +28,16 @@ def named(sequence: TaskSequence) -> str:
     return sequence.entry.removesuffix(rate) + rate
 
 
-def losses(results: Results, sequence: TaskSequence) -> list[str]:
+def losses(results: Results, sequence: TaskSequence) -> list[Estimate | None]:
     """Mean task loss when learnt, at the end, and the rise of all but the last since; one task: its loss."""
     before, stages = results.before.model_dump(), [stage.model_dump() for stage in sequence.stages]
     tasks = [task.model_dump() for task in results.tasks]
     matrix = score_matrix(before, stages, tasks, sequence.order, key="loss")
     end = metrics.average_score(matrix)
     if len(sequence.order) == 1:
-        return [_number(end, 3)]
+        return [end]
     learnt = Estimate(float(matrix.scores[1:].diagonal().mean()))
-    return [_number(learnt, 2), _number(end, 2), _number(metrics.backward_transfer(matrix), 2, sign="+")]
+    return [learnt, end, metrics.backward_transfer(matrix)]
 
 
 def change(results: Results, probe: Probe, measured: Measured) -> Estimate | None:
@@ -49,24 +50,44 @@ def change(results: Results, probe: Probe, measured: Measured) -> Estimate | Non
     return Estimate(scale * (new.score - old.score), error)
 
 
-def probe_cells(results: Results, sequence: TaskSequence, probe: Probe) -> list[str]:
+def changes(results: Results, sequence: TaskSequence, probe: Probe) -> list[Estimate | None]:
     """The change at the end, and along several tasks the worst on the way; of questions also what is kept."""
-    digits = 1 if probe.kind == "multiple_choice" else 3
-    changes = [found for stage in sequence.stages if (found := change(results, probe, stage))]
-    end = changes[-1]
-    error = "" if end.stderr is None else f" ± {end.stderr:.{digits}f}"
-    cells = [_number(end, digits, sign="+") + error]
-    if len(sequence.order) > 1 and probe.kind == "multiple_choice":
-        before = results.before.probes[probe.name].score
-        assert before is not None and probe.chance is not None
-        kept = metrics.retention(Estimate(before), Estimate(before + end.value / 100), probe.chance)
-        cells += [f"{100 * kept.value:.0f} %" if kept else "-"]
-        cells += [_number(min(changes, key=lambda found: found.value), digits, sign="+")]
+    found = [value for stage in sequence.stages if (value := change(results, probe, stage))]
+    end = found[-1]
+    if len(sequence.order) == 1 or probe.kind != "multiple_choice":
+        return [end]
+    before = results.before.probes[probe.name].score
+    assert before is not None and probe.chance is not None
+    kept = metrics.retention(Estimate(before), Estimate(before + end.value / 100), probe.chance)
+    share = None if kept is None else Estimate(100 * kept.value)
+    return [end, share, Estimate(min(value.value for value in found))]
+
+
+def written(seeds: Sequence[Estimate | None], digits: int, *, sign: str = "", errors: bool = True) -> str:
+    """The mean over seeds with its error."""
+    known = [value for value in seeds if value is not None]
+    found = metrics.over_sequences(known)
+    if found is None or len(known) < len(seeds):
+        return "-"
+    error = "" if found.stderr is None or not errors else f" ± {found.stderr:.{digits}f}"
+    return f"{found.value:{sign}.{digits}f}{error}"
+
+
+def row(results: Results, seeds: Sequence[TaskSequence]) -> list[str]:
+    """The cells of one entry on one order, behind its name."""
+    alone = len(seeds[0].order) == 1
+    forms = [(3, "")] if alone else [(2, ""), (2, ""), (2, "+")]
+    columns = list(zip(*(losses(results, sequence) for sequence in seeds), strict=True))
+    cells = [
+        written(column, digits, sign=sign, errors=len(seeds) > 1)
+        for column, (digits, sign) in zip(columns, forms, strict=True)
+    ]
+    for probe in results.probes:
+        columns = list(zip(*(changes(results, sequence, probe) for sequence in seeds), strict=True))
+        shown = [(1, "+"), (0, ""), (1, "+")] if probe.kind == "multiple_choice" else [(3, "+")]
+        pairs = zip(columns, shown, strict=False)
+        cells += [written(column, digits, sign=sign) for column, (digits, sign) in pairs]
     return cells
-
-
-def _number(estimate: Estimate | None, digits: int, *, sign: str = "") -> str:
-    return "-" if estimate is None else f"{estimate.value:{sign}.{digits}f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,22 +99,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = read_results(parser.parse_args(argv).results).results
     done = [sequence for sequence in results.sequences if sequence.finished]
     orders = list(dict.fromkeys(tuple(sequence.order) for sequence in done))
-    done.sort(key=lambda sequence: orders.index(tuple(sequence.order)))
+    groups: dict[tuple[int, str], list[TaskSequence]] = {}
+    for sequence in sorted(done, key=lambda sequence: orders.index(tuple(sequence.order))):
+        groups.setdefault((orders.index(tuple(sequence.order)), named(sequence)), []).append(sequence)
     rows = [
         [
-            sequence.order[0] if len(sequence.order) == 1 else str(orders.index(tuple(sequence.order)) + 1),
-            named(sequence),
-            *losses(results, sequence),
-            *(cell for probe in results.probes for cell in probe_cells(results, sequence, probe)),
+            seeds[0].order[0] if len(seeds[0].order) == 1 else str(order + 1),
+            name,
+            str(len(seeds)),
+            *row(results, seeds),
         ]
-        for sequence in done
+        for (order, name), seeds in groups.items()
     ]
     together = any(len(order) > 1 for order in orders)
     headers = list(TOGETHER if together else ALONE)
     for probe in results.probes:
         headers.append(probe.name)
         if together and probe.kind == "multiple_choice":
-            headers += ["kept above chance", "lowest"]
+            headers += ["kept above chance, %", "lowest"]
     print(format_table(headers, rows))
     return 0
 

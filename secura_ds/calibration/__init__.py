@@ -1,7 +1,7 @@
 """Calibration: R from what each layer's inputs excite, on text that the frozen model writes itself."""
 
 from secura_ds.calibration.corda import corda_starts
-from secura_ds.calibration.factors import calibrate, linear_targets, put_factors, target_layers
+from secura_ds.calibration.factors import calibrate, drop_factors, linear_targets, put_factors, target_layers
 from secura_ds.calibration.sensitivity import Earlier
 from secura_ds.calibration.text import Calibration
 
@@ -10,6 +10,7 @@ __all__ = [
     "Earlier",
     "calibrate",
     "corda_starts",
+    "drop_factors",
     "linear_targets",
     "put_factors",
     "target_layers",

@@ -122,6 +122,14 @@ def put_factors(layers: Mapping[str, nn.Linear], calibration: Calibration) -> No
         layers[name].secura_output = C
 
 
+def drop_factors(model: nn.Module) -> None:
+    """Forget what calibration left, once the adapter has it: engines may hold the layers for ever."""
+    for module in model.modules():
+        for name in ("secura_factor", "secura_output"):
+            if hasattr(module, name):
+                delattr(module, name)
+
+
 def _task(model: Any, examples: Sequence[Mapping[str, Any]] | None, num_tokens: int) -> list[Batch]:
     if examples is None:
         raise UserError(

@@ -17,7 +17,15 @@ from secura_ds.adapter import SecuraConfig
 from secura_ds.adapter.corda import Start, is_corda, keep_starts, offer_starts, read_starts
 from secura_ds.adapter.osf import prepare_osf
 from secura_ds.backbones.adapter import adapter_config, train_weights
-from secura_ds.calibration import Calibration, Earlier, calibrate, corda_starts, put_factors, target_layers
+from secura_ds.calibration import (
+    Calibration,
+    Earlier,
+    calibrate,
+    corda_starts,
+    drop_factors,
+    put_factors,
+    target_layers,
+)
 from secura_ds.errors import UserError
 from secura_ds.ranks import on_main
 from secura_ds.recipe import CordaAdapter, FullTraining, Recipe
@@ -76,6 +84,7 @@ def put_method(
     # The adapter's random numbers must not depend on how many calibration drew.
     set_seed(recipe.training.seed)
     adapted = _put_adapter(model, config, autocast=autocast)
+    drop_factors(adapted)
     keep_starts(adapted, starts)
     if isinstance(config, OSFConfig):
         prepare_osf(adapted)

@@ -31,9 +31,11 @@ ENTRIES = [
             "calibration": {"mode": "contrast", "num_tokens": 320},
         },
         "strategy": {"kind": "protect", "buffer_size": 4},
-        "learning_rates": [0.002],
+        "learning_rates": [0.002, 0.004],
     },
 ]  # fmt: skip
+SEQUENCES = 5
+"""One an entry, but for the last: its second rate finds the factors that the first has chosen."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     entries = [{"learning_rates": [0.01]} | entry for entry in ENTRIES]
     path = write_sequence_toy(folder, entries=entries, tasks=["sums", "sizes"])
     options = [f"output_dir={folder / 'one'}", "training.gradient_accumulation_steps=2"]
-    assert run_sequences(load_sequence_recipe(path, options)).finished == len(ENTRIES)
+    assert run_sequences(load_sequence_recipe(path, options)).finished == SEQUENCES
     launcher = str(Path(sys.executable).parent / "deepspeed")
     command = [launcher, "--num_accelerators", "2", "--master_port", str(free_port()), str(WORKER)]
     done = subprocess.run(
@@ -74,7 +76,7 @@ def numbers(value: Any) -> list[float]:
 
 @pytest.mark.parametrize("name", ["zero3", "zero2"])
 def test_two_ranks_measure_what_one_does(folder: Path, name: str) -> None:
-    assert account(folder)[name] == len(ENTRIES)
+    assert account(folder)[name] == SEQUENCES
     for one, two in zip(sequences(folder, "one"), sequences(folder, name), strict=True):
         assert one["label"] == two["label"]
         assert numbers(two["stages"]) == pytest.approx(numbers(one["stages"]), rel=2e-4, abs=2e-4)
@@ -83,7 +85,7 @@ def test_two_ranks_measure_what_one_does(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["zero3", "zero2"])
 def test_two_ranks_keep_the_adapters_of_one(folder: Path, name: str) -> None:
     files = sorted((folder / "one").glob("sequences/*/stages/*/adapter/adapter_model.safetensors"))
-    assert len(files) == 2 * len(ENTRIES)
+    assert len(files) == 2 * SEQUENCES
     for file in files:
         expected, found = load_file(file), load_file(folder / name / file.relative_to(folder / "one"))
         assert expected.keys() == found.keys()
@@ -108,6 +110,6 @@ def test_both_ranks_stop_together_and_go_on(folder: Path) -> None:
 
 
 def test_finished_runs_hold_no_tensors(folder: Path) -> None:
-    """Six runs of a model of 400 kB: what is left of them is less than half a model."""
+    """Ten runs of a model of 400 kB: what is left of them is less than a quarter of one."""
     first, second = account(folder)["tensors"]
-    assert second - first < 200_000
+    assert second - first < 100_000
