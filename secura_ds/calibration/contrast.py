@@ -58,7 +58,9 @@ def contrast_factors(
             if earlier:
                 of_earlier = sensitivities(model, run, layers, owner, earlier, bar)
                 pairs = zip(of_text, of_earlier, strict=True)
-                of_text = [a.plus(b, num_earlier) if a is not None and b is not None else a for a, b in pairs]
+                of_text = [
+                    a.averaged(b, num_earlier) if a is not None and b is not None else a for a, b in pairs
+                ]
             _solve(run, owner, of_text, of_task, layers, config, (inputs, outputs), device, bar)
     return inputs, outputs
 

@@ -52,10 +52,18 @@ class Sensitivity(NamedTuple):
     gradients: dict[str, Tensor]
     """F (out, out) of each layer, by name, mean over learnt tokens."""
 
-    def plus(self, other: Sensitivity, times: int) -> Sensitivity:
-        """What leaves alone both this text and `times` of the other."""
-        gradients = {name: F + times * other.gradients[name] for name, F in self.gradients.items()}
-        return Sensitivity(self.inputs + times * other.inputs, gradients)
+    def averaged(self, other: Sensitivity, times: int) -> Sensitivity:
+        """The mean of this and `times` of the other: the more there are, the less each one's needs cost.
+
+        A sum would make every direction dearer with every task, so that the same learning rate taught less
+        and less.
+        """
+
+        def mean(own: Tensor, others: Tensor) -> Tensor:
+            return (own + times * others) / (1 + times)
+
+        gradients = {name: mean(F, other.gradients[name]) for name, F in self.gradients.items()}
+        return Sensitivity(mean(self.inputs, other.inputs), gradients)
 
 
 def text_batches(token_ids: Tensor) -> list[Batch]:
