@@ -2,12 +2,10 @@
 
 from secura_ds.calibration.corda import corda_starts
 from secura_ds.calibration.factors import calibrate, drop_factors, linear_targets, put_factors, target_layers
-from secura_ds.calibration.sensitivity import Earlier
 from secura_ds.calibration.text import Calibration
 
 __all__ = [
     "Calibration",
-    "Earlier",
     "calibrate",
     "corda_starts",
     "drop_factors",

@@ -25,7 +25,6 @@ def contrast_factors(
     config: SecuraConfig,
     *,
     earlier: Sequence[Batch],
-    num_earlier: int,
     memory_limit: int,
     show: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -34,7 +33,7 @@ def contrast_factors(
     Args:
         groups: `layers` by the input that they share.
         general, task: the text to leave as it is, and the examples to be learnt.
-        earlier, num_earlier: examples of so many earlier tasks, to leave as they are, too.
+        earlier: examples of earlier tasks, to leave as they are, too; empty for none.
         memory_limit: bytes that second moments may take, with more passes over both to keep to it.
 
     Raises:
@@ -58,9 +57,7 @@ def contrast_factors(
             if earlier:
                 of_earlier = sensitivities(model, run, layers, owner, earlier, bar)
                 pairs = zip(of_text, of_earlier, strict=True)
-                of_text = [
-                    a.averaged(b, num_earlier) if a is not None and b is not None else a for a, b in pairs
-                ]
+                of_text = [a.averaged(b) if a is not None and b is not None else a for a, b in pairs]
             _solve(run, owner, of_text, of_task, layers, config, (inputs, outputs), device, bar)
     return inputs, outputs
 

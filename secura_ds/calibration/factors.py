@@ -28,7 +28,7 @@ from secura_ds.calibration.moments import (
     within_memory,
 )
 from secura_ds.calibration.ranks import broadcast, raise_together, rank_and_world, turns
-from secura_ds.calibration.sensitivity import Batch, Earlier, decoder_blocks, example_batches, text_batches
+from secura_ds.calibration.sensitivity import Batch, decoder_blocks, example_batches, text_batches
 from secura_ds.calibration.text import Calibration, generate, read_tokens
 from secura_ds.errors import UserError
 from secura_ds.method import calibrated
@@ -43,7 +43,7 @@ def calibrate(
     *,
     text_path: Path | None = None,
     examples: Sequence[Mapping[str, Any]] | None = None,
-    earlier: Earlier | None = None,
+    earlier: Sequence[Mapping[str, Any]] | None = None,
     progress: bool = True,
     memory_limit: int = MEMORY_LIMIT,
 ) -> Calibration:
@@ -58,7 +58,7 @@ def calibrate(
             neither the model writes it.
         examples: rows of `input_ids` and `labels`, as training takes them, for mode "contrast": the first
             `config.calibration["num_tokens"]` tokens of them are looked at.
-        earlier: in mode "contrast", examples of tasks learnt before, that C and R keep clear of, too.
+        earlier: rows of tasks learnt before; in mode "contrast" they count as much as the text.
         progress: show progress bars, on rank 0.
         memory_limit: bytes that second moments may take, with more passes over the text to keep to it, and
             bytes of a sharded model's weights that stay whole while it writes the text.
@@ -76,7 +76,7 @@ def calibrate(
     settings = config.calibration
     contrasts = settings["mode"] == "contrast"
     task = _task(model, examples, settings["num_tokens"]) if contrasts else []
-    before = _on(model, example_batches(earlier.rows)) if contrasts and earlier is not None else []
+    before = _on(model, example_batches(earlier)) if contrasts and earlier is not None else []
     source = text_path or settings["text"]
     sharding.keep_exact(model)
     show = progress and rank_and_world()[0] == 0
@@ -101,7 +101,6 @@ def calibrate(
                 task,
                 config,
                 earlier=before,
-                num_earlier=earlier.tasks if earlier is not None else 0,
                 memory_limit=memory_limit,
                 show=show,
             )

@@ -35,15 +35,6 @@ class Batch(NamedTuple):
     targets: Tensor
 
 
-class Earlier(NamedTuple):
-    """Examples of earlier tasks, to be left as they are like general text."""
-
-    rows: Sequence[Mapping[str, Any]]
-    """As training learns them: `input_ids` and `labels`."""
-    tasks: int
-    """How many tasks they are of: together they weigh as much as so many general texts."""
-
-
 class Sensitivity(NamedTuple):
     """Second moments of one group of layers with the same input, in fp32."""
 
@@ -52,18 +43,10 @@ class Sensitivity(NamedTuple):
     gradients: dict[str, Tensor]
     """F (out, out) of each layer, by name, mean over learnt tokens."""
 
-    def averaged(self, other: Sensitivity, times: int) -> Sensitivity:
-        """The mean of this and `times` of the other: the more there are, the less each one's needs cost.
-
-        A sum would make every direction dearer with every task, so that the same learning rate taught less
-        and less.
-        """
-
-        def mean(own: Tensor, others: Tensor) -> Tensor:
-            return (own + times * others) / (1 + times)
-
-        gradients = {name: mean(F, other.gradients[name]) for name, F in self.gradients.items()}
-        return Sensitivity(mean(self.inputs, other.inputs), gradients)
+    def averaged(self, other: Sensitivity) -> Sensitivity:
+        """What leaves both alone, by halves: a sum would make every direction dearer, and rates too low."""
+        gradients = {name: (F + other.gradients[name]) / 2 for name, F in self.gradients.items()}
+        return Sensitivity((self.inputs + other.inputs) / 2, gradients)
 
 
 def text_batches(token_ids: Tensor) -> list[Batch]:

@@ -9,7 +9,6 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from secura_ds.calibration import Earlier
 from secura_ds.continual import strategies
 from secura_ds.continual.places import stage_places, task_files
 from secura_ds.data import build_datasets
@@ -115,7 +114,7 @@ def earlier_examples(
     number: int,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
-) -> Earlier | None:
+) -> Dataset | None:
     """What the calibration for the task at position `number` keeps clear of; None if of nothing.
 
     Collective: the main process writes the buffer's examples down.
@@ -123,8 +122,7 @@ def earlier_examples(
     settings = sequence.entry.strategy
     if not isinstance(settings, Protection) or not number:
         return None
-    rows = _buffer(settings.buffer_size, recipe, sequence, number, folder, tokenizer)
-    return Earlier(rows.to_list(), number)
+    return _buffer(settings.buffer_size, recipe, sequence, number, folder, tokenizer)
 
 
 def _buffer(

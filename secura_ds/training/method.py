@@ -19,7 +19,6 @@ from secura_ds.adapter.osf import prepare_osf
 from secura_ds.backbones.adapter import adapter_config, train_weights
 from secura_ds.calibration import (
     Calibration,
-    Earlier,
     calibrate,
     corda_starts,
     drop_factors,
@@ -44,7 +43,7 @@ def put_method(
     on_calibration: OnCalibration | None = None,
     factors: Mapping[str, Tensor] | None = None,
     examples: Sequence[Mapping[str, Any]] | None = None,
-    earlier: Earlier | None = None,
+    earlier: Sequence[Mapping[str, Any]] | None = None,
     shared: SharedCalibration | None = None,
 ) -> PeftModel | PreTrainedModel:
     """The model that is trained. Collective where a method calibrates.
@@ -102,7 +101,7 @@ def _calibrated(
     recipe: Recipe,
     config: PeftConfig,
     examples: Sequence[Mapping[str, Any]] | None,
-    earlier: Earlier | None,
+    earlier: Sequence[Mapping[str, Any]] | None,
     shared: SharedCalibration | None,
 ) -> tuple[Calibration, float]:
     """What calibration makes, SECURA's left for the adapter to find.

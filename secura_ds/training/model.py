@@ -18,7 +18,6 @@ from secura_ds.adapter import SecuraConfig, secura_layers
 from secura_ds.adapter.corda import start_tensors
 from secura_ds.adapter.loading import TOLERANCE, fingerprint_error
 from secura_ds.backbones import load_model, load_tokenizer
-from secura_ds.calibration import Earlier
 from secura_ds.errors import UserError
 from secura_ds.recipe import Recipe
 from secura_ds.training.method import OnCalibration, put_method
@@ -35,7 +34,7 @@ def build_model(
     on_calibration: OnCalibration | None = None,
     factors: Mapping[str, Tensor] | None = None,
     examples: Sequence[Mapping[str, Any]] | None = None,
-    earlier: Earlier | None = None,
+    earlier: Sequence[Mapping[str, Any]] | None = None,
     shared: SharedCalibration | None = None,
 ) -> tuple[PeftModel | PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the backbone, calibrate it if the recipe says so, and put the recipe's method onto it.

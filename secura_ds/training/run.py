@@ -17,7 +17,7 @@ from transformers.integrations import TensorBoardCallback
 
 from secura_ds import environment
 from secura_ds.backbones import load_tokenizer
-from secura_ds.calibration import Calibration, Earlier
+from secura_ds.calibration import Calibration
 from secura_ds.data import build_datasets
 from secura_ds.environment import is_main_process
 from secura_ds.errors import UserError
@@ -93,7 +93,7 @@ class Stage:
     """Output folder of the run before: this one begins with the parameters of its last checkpoint."""
     strategy: Strategy = field(default_factory=Strategy)
     """What continual learning adds to training."""
-    earlier: Earlier | None = None
+    earlier: Dataset | None = None
     """Examples of the tasks before, that calibration is to keep clear of."""
     calibration: SharedCalibration | None = None
     """What calibration wrote and chose for the same task before; kept there for the next run of it."""

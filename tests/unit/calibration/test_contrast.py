@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config, PretrainedConfig, Qwen2Config
 
 from secura_ds.adapter import SecuraConfig
-from secura_ds.calibration import Earlier, calibrate, sensitivity, target_layers
+from secura_ds.calibration import calibrate, sensitivity, target_layers
 from secura_ds.calibration.factors import frozen
 from secura_ds.calibration.moments import input_groups
 from secura_ds.errors import UserError
@@ -211,13 +211,11 @@ def test_little_memory_gives_the_same_factors_in_more_passes() -> None:
 
 
 def test_factors_keep_clear_of_earlier_tasks_as_of_general_text() -> None:
-    """Each of two tasks weighs as much as the text; by hand, from moments that are tested above."""
+    """By hand, from moments that are tested above."""
     model = toy_llama().requires_grad_(False)
     config, rows = config_of(), EXAMPLES[: len(EXAMPLES) // 2]
     free = calibrate(model, toy_tokenizer(), config, examples=EXAMPLES, progress=False)
-    clear = calibrate(
-        model, toy_tokenizer(), config, examples=EXAMPLES, earlier=Earlier(rows, 2), progress=False
-    )
+    clear = calibrate(model, toy_tokenizer(), config, examples=EXAMPLES, earlier=rows, progress=False)
     layers = target_layers(model, config)
     groups = input_groups(model.base_model, layers, free.token_ids)
     parts = (
@@ -231,10 +229,10 @@ def test_factors_keep_clear_of_earlier_tasks_as_of_general_text() -> None:
         ]
     for group, text, task, before in zip(groups, *found, strict=True):
         assert text is not None and task is not None and before is not None
-        R = contrast(task.inputs, (text.inputs + 2 * before.inputs) / 3, 8).T
+        R = contrast(task.inputs, (text.inputs + before.inputs) / 2, 8).T
         for name in group.names:
             torch.testing.assert_close(clear.factors[name], R, rtol=0, atol=1e-4 * float(R.abs().max()))
-            G = (text.gradients[name] + 2 * before.gradients[name]) / 3
+            G = (text.gradients[name] + before.gradients[name]) / 2
             C = contrast(task.gradients[name], G, 8) * contrast_scale(8, len(layers))
             torch.testing.assert_close(clear.outputs[name], C, rtol=0, atol=1e-4 * float(C.abs().max()))
             assert _excited(clear.factors[name], before.inputs) < _excited(free.factors[name], before.inputs)
