@@ -63,7 +63,7 @@ def shared_calibration(folder: Path, sequence: Sequence, number: int) -> SharedC
     if isinstance(adapter, CabrSettings) and adapter.selection != "calibrated":
         return None
     settings, place = adapter.calibration, folder / "calibration"
-    factors = place / f"{sequence.entry.name}-{sequence.order[number]}-seed{sequence.seed}.safetensors"
+    factors = place / sequence.entry.name / f"{sequence.order[number]}-seed{sequence.seed}.safetensors"
     after_others = number > 0 and isinstance(sequence.entry.strategy, Protection)
     return SharedCalibration(
         factors=None if after_others else factors,

@@ -139,6 +139,11 @@ class CabrSettings(AdapterTargets):
         """Whether calibration takes C as well as R, and looks at the task."""
         return self.selection == "calibrated" and self.calibration.mode == "contrast"
 
+    @property
+    def renews(self) -> bool:
+        """Whether each task of a sequence gets factors of its own, as M1 leaves nothing in the last task's."""
+        return self.contrasts and self.strategy == "M1"
+
 
 class SecuraAdapter(CabrSettings):
     """SECURA: CABR-LoRA under S-MagNorm."""

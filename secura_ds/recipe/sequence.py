@@ -111,9 +111,7 @@ class Entry(Section):
     @classmethod
     def _combines(cls, value: AnyStrategy, info: ValidationInfo) -> AnyStrategy:
         adapter = info.data.get("adapter")
-        if isinstance(value, Protection) and not (
-            isinstance(adapter, CabrSettings) and adapter.contrasts and adapter.strategy == "M1"
-        ):
+        if isinstance(value, Protection) and not (isinstance(adapter, CabrSettings) and adapter.renews):
             raise ValueError(
                 '"protect" acts where each task has factors of its own: use it with selection "calibrated", '
                 'calibration.mode "contrast" and strategy "M1", or another strategy'

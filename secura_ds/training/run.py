@@ -276,12 +276,8 @@ def _make_trainer(
 
 
 def _chooses(recipe: Recipe, found: Path | None, stage: Stage) -> bool:
-    """Whether a run chooses factors of its own.
-
-    The later tasks of a sequence do under M1, which leaves nothing in the last task's.
-    """
-    adapter = recipe.adapter
-    renews = isinstance(adapter, CabrSettings) and adapter.contrasts and adapter.strategy == "M1"
+    """Whether a run has factors of its own to choose."""
+    renews = isinstance(recipe.adapter, CabrSettings) and recipe.adapter.renews
     return found is None and (stage.start is None or renews)
 
 

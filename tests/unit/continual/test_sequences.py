@@ -354,12 +354,12 @@ def test_damaged_factors_are_chosen_anew(
     whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_sequence_toy(tmp_path, entries=[entry("contrast")], orders=[["sums"]])
-    factors = tmp_path / "results/calibration/contrast-sums-seed0.safetensors"
+    factors = tmp_path / "results/calibration/contrast/sums-seed0.safetensors"
     factors.parent.mkdir(parents=True)
     factors.write_bytes(b"cut off")
     assert run_sequences(load(tmp_path)).finished == 1
     assert f"{factors} is damaged" in caplog.text
-    kept = whole / "results/calibration" / factors.name
+    kept = whole / "results/calibration/contrast" / factors.name
     assert all(torch.equal(value, load_file(kept)[name]) for name, value in load_file(factors).items())
 
 
