@@ -141,7 +141,7 @@ class CabrSettings(AdapterTargets):
 
     @property
     def renews(self) -> bool:
-        """Whether each task of a sequence gets factors of its own, as M1 leaves nothing in the last task's."""
+        """Whether each task of a sequence gets its own factors, as M1 leaves nothing in the last task's."""
         return self.contrasts and self.strategy == "M1"
 
 
