@@ -24,7 +24,7 @@ Curve = list[Summary | None]
 
 def sequence_curves(entries: Sequence[Entry], folder: Path | None) -> list[Plot]:
     """One plot of the tasks met so far, and one per probe; none where every entry trains one task."""
-    chosen = [entry for entry in entries if not entry.single]
+    chosen = [entry for entry in entries if not entry.single and entry.begun()]
     if not chosen:
         return []
     plots = [_plot(chosen, _met_so_far, "tasks-so-far", "Tasks met so far", "mean score, %", 100, folder)]

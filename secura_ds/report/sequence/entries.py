@@ -50,6 +50,10 @@ class Entry:
         """The sequences that went through all their tasks."""
         return [sequence for sequence in self.sequences if sequence.finished]
 
+    def begun(self, order: tuple[str, ...] | None = None) -> bool:
+        """Whether anything was measured after a task, in one order or in any."""
+        return any(s.stages for s in self.sequences if order is None or tuple(s.order) == order)
+
     @property
     def single(self) -> bool:
         """Whether the entry trains one task only."""

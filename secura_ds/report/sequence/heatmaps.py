@@ -44,7 +44,7 @@ def heat_maps(entries: Sequence[Entry], folder: Path | None) -> list[Plot]:
     plots = []
     for entry in entries:
         for number, order in enumerate(entry.orders):
-            if len(order) > 1:
+            if len(order) > 1 and entry.begun(order):
                 plots.append(_heat_map(entry, order, number, folder))
     return plots
 

@@ -14,9 +14,11 @@ from fake_continual import make_continual, make_frontier
 from matplotlib.figure import Figure
 
 from secura_ds.report import write_report
+from secura_ds.report.sequence.curves import sequence_curves
 from secura_ds.report.sequence.entries import entries, parts
 from secura_ds.report.sequence.folder import read_results
 from secura_ds.report.sequence.frontier import _set_scale
+from secura_ds.report.sequence.heatmaps import heat_maps
 from secura_ds.report.sequence.measures import INTRANSIGENCE, TASK_LOSS
 from secura_ds.report.sequence.page import render_sequences
 
@@ -164,6 +166,19 @@ def test_small_and_large_studies_are_drawn(tmp_path: Path, tasks: int, entries: 
     assert len(maps) == (0 if tasks == 1 else entries * orders)
     assert ("4 more orders" in page.text) == (orders == 3)
     assert "Take it as a lead, not a result" in page.text or orders == 3
+
+
+def test_what_has_not_begun_is_in_no_plot(tmp_path: Path) -> None:
+    folder = make_continual(tmp_path / "r", tasks=2, entries=2, seeds=1, runs=False)
+    document = json.loads((folder / "continual.json").read_text(encoding="utf-8"))
+    begun, waiting = document["sequences"]
+    waiting |= {"stages": [], "status": "unfinished", "metrics": None}
+    (folder / "continual.json").write_text(json.dumps(document), encoding="utf-8")
+    found = entries([read_results(folder)])
+    assert [entry.begun() for entry in found] == [True, False]
+    assert len(heat_maps(found, None)) == 1
+    assert not any(found[1].label in plot.alt for plot in sequence_curves(found, None))
+    assert all(found[0].label in plot.alt for plot in sequence_curves(found, None))
 
 
 def test_unfinished_and_unmeasured_parts_are_named(tmp_path: Path) -> None:
