@@ -72,7 +72,7 @@ def put_method(
             config.factors_saved = True
         elif is_corda(config):
             starts = read_starts(factors)
-    elif calibrates(config):
+    elif _calibrates(config):
         made, spared = _calibrated(model, tokenizer, recipe, config, examples, earlier, shared)
         if is_corda(config):
             starts = {name: Start(A, made.outputs[name]) for name, A in made.factors.items()}
@@ -90,7 +90,7 @@ def put_method(
     return adapted
 
 
-def calibrates(config: PeftConfig) -> bool:
+def _calibrates(config: PeftConfig) -> bool:
     """Whether a method looks at text before its adapter is made."""
     return is_corda(config) or (isinstance(config, SecuraConfig) and config.selection == "calibrated")
 

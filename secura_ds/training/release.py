@@ -26,6 +26,7 @@ def release(model: nn.Module, optimizer: Any = None) -> None:
 def _of_model(model: nn.Module) -> Iterator[Tensor]:
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.grad = None
+        tensor._hp_mapping = None  # where DeepSpeed notes a parameter's parts of the masters and moments
         yield tensor
         if hasattr(tensor, "ds_tensor"):
             yield tensor.ds_tensor

@@ -40,10 +40,10 @@ def main() -> None:
 
 
 def live_bytes() -> int:
-    """Bytes of all memory that a tensor somewhere still refers to."""
+    """Bytes of all tensors that anything still refers to."""
     gc.collect()
     tensors = [value for value in gc.get_objects() if isinstance(value, torch.Tensor)]
-    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def interrupted_by_one_rank(run: Any) -> list[int | None]:
