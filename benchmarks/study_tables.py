@@ -1,7 +1,8 @@
 """The tables of docs/results: what each entry of a results folder learnt and what it forgot.
 
-Seeds are one row, their mean. Changes of probes are from the untouched model. Standard errors are those of
-items (paired with the untouched model for probes), joined with the spread over seeds where there are several.
+Seeds are one row, their mean; several orders of tasks have a row of their mean below. Changes of probes are
+from the untouched model. Standard errors are those of items (paired with the untouched model for probes),
+joined with the spread where there are several sequences.
 
     python benchmarks/study_tables.py docs/results/smollm2-eight-tasks-small
 """
@@ -9,7 +10,7 @@ items (paired with the untouched model for probes), joined with the spread over 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from secura_ds.continual import metrics
@@ -90,6 +91,18 @@ def row(results: Results, seeds: Sequence[TaskSequence]) -> list[str]:
     return cells
 
 
+def means(
+    results: Results, groups: Mapping[tuple[int, str], Sequence[TaskSequence]], num_orders: int
+) -> list[list[str]]:
+    """A row of each entry that went through every order: the mean of all its sequences."""
+    entries: dict[str, list[Sequence[TaskSequence]]] = {}
+    for (_, name), seeds in groups.items():
+        entries.setdefault(name, []).append(seeds)
+    whole = {name: found for name, found in entries.items() if len(found) == num_orders}
+    joined = {name: [sequence for seeds in found for sequence in seeds] for name, found in whole.items()}
+    return [["mean", name, str(len(found)), *row(results, found)] for name, found in joined.items()]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(
@@ -112,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for (order, name), seeds in groups.items()
     ]
     together = any(len(order) > 1 for order in orders)
+    if together and len(orders) > 1:
+        rows += means(results, groups, len(orders))
     headers = list(TOGETHER if together else ALONE)
     for probe in results.probes:
         headers.append(probe.name)
