@@ -8,6 +8,15 @@ from typing import Any
 
 from training_toys import toy_recipe, write_toy
 
+from secura_ds.recipe import SequenceRecipe, load_sequence_recipe
+
+SECURA = {"method": "secura", "cur_rank": 7, "inner_rank": 9}
+CONTRAST = SECURA | {
+    "strategy": "M1",
+    "selection": "calibrated",
+    "init": "orthonormal",
+    "calibration": {"mode": "contrast", "num_tokens": 320},
+}
 TASKS = ("sums", "names", "sizes")
 _WRITTEN = """task: {name}
 dataset_path: json
@@ -118,3 +127,15 @@ def strategies() -> dict[str, dict[str, Any]]:
         "online": {"kind": "ewc", "penalty": 50.0, "fisher_examples": 4, "online": True},
         "i-lora": {"kind": "i-lora", "buffer_size": 6, "per_step": 2, "ema_decay": 0.5},
     }
+
+
+def load(folder: Path, *options: str, **changes: Any) -> SequenceRecipe:
+    """The recipe in `folder`, written if it is not there, with its results beside it."""
+    if not (folder / "sequences.json").is_file():
+        write_sequence_toy(folder, **changes)
+    return load_sequence_recipe(folder / "sequences.json", [f"output_dir={folder / 'results'}", *options])
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """The document of the results beside the recipe."""
+    return dict(json.loads((folder / "results" / "continual.json").read_text()))

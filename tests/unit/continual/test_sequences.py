@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from continual_toys import TASKS, strategies, write_sequence_toy
+from continual_toys import CONTRAST, SECURA, TASKS, load, results, strategies, write_sequence_toy
 from safetensors.torch import load_file, save_file
 from training_toys import adapter, losses
 
@@ -23,19 +22,11 @@ from secura_ds.continual import SequencesSummary, Share, run_sequences
 from secura_ds.continual import measure as measuring
 from secura_ds.errors import UserError
 from secura_ds.evaluation import evaluate
-from secura_ds.recipe import EvaluationRecipe, SequenceRecipe, load_recipe, load_sequence_recipe
-from secura_ds.training import callbacks, method, train
+from secura_ds.recipe import EvaluationRecipe, load_recipe
+from secura_ds.training import callbacks, train
 from secura_ds.training.trainer import Trainer
 
-SECURA = {"method": "secura", "cur_rank": 7, "inner_rank": 9}
 M1 = SECURA | {"strategy": "M1", "fold_every": 2}
-CONTRAST = SECURA | {
-    "strategy": "M1",
-    "selection": "calibrated",
-    "init": "orthonormal",
-    "calibration": {"mode": "contrast", "num_tokens": 320},
-}
-CORDA = {"method": "corda", "rank": 3, "target_modules": ["q_proj"], "calibration": {"num_tokens": 320}}
 LORA = {"method": "lora", "rank": 3, "target_modules": ["q_proj"]}
 ENTRIES = [
     # A penalty strong enough to show in three steps.
@@ -52,16 +43,6 @@ ENTRIES = [
 
 def entry(name: str) -> dict[str, Any]:
     return next(e for e in ENTRIES if e["name"] == name) | {"learning_rates": [0.01]}
-
-
-def load(folder: Path, *options: str, **changes: Any) -> SequenceRecipe:
-    if not (folder / "sequences.json").is_file():
-        write_sequence_toy(folder, **changes)
-    return load_sequence_recipe(folder / "sequences.json", [f"output_dir={folder / 'results'}", *options])
-
-
-def results(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "results" / "continual.json").read_text()))
 
 
 def timeless(value: Any) -> Any:
@@ -318,49 +299,6 @@ def test_processes_that_share_the_sequences_fill_one_folder(whole: Path, tmp_pat
         UserError, match="--share 4/4: the recipe has too few sequences .*: divide them by less"
     ):
         run_sequences(load(tmp_path), resume=True, share=Share(4, 4))
-
-
-def test_calibration_is_done_once_for_all_rates_and_orders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And what shares it learns what it would have learnt without."""
-    written: list[int] = []
-    chosen: list[str] = []
-    for name in ("secura_ds.calibration.factors", "secura_ds.calibration.corda"):
-        real = importlib.import_module(name).generate
-        monkeypatch.setattr(f"{name}.generate", lambda *a, real=real: written.append(1) or real(*a))
-    for name in ("calibrate", "corda_starts"):
-        real = getattr(method, name)
-        monkeypatch.setattr(method, name, lambda *a, n=name, r=real, **k: chosen.append(n) or r(*a, **k))
-    entries = [
-        entry("contrast") | {"learning_rates": [0.01, 0.02]},
-        {"name": "corda", "adapter": CORDA, "learning_rates": [0.01, 0.02]},
-    ]
-    write_sequence_toy(tmp_path, entries=entries, orders=[["sums", "names"], ["names", "sums"]])
-    assert run_sequences(load(tmp_path)).finished == 8
-    assert written == [1]
-    # Of two tasks each; CorDA's belong to the first task of an order.
-    assert chosen == ["calibrate", "calibrate", "corda_starts", "corda_starts"]
-    for sequence in results(tmp_path)["sequences"]:
-        (stage,) = (tmp_path / "results" / sequence["folder"]).glob("stages/01-*")
-        train(load_recipe(stage / "recipe.resolved.json", [f"training.output_dir={tmp_path / 'alone'}"]))
-        alone, expected = adapter(tmp_path / "alone"), adapter(stage)
-        assert all(torch.equal(value, expected[name]) for name, value in alone.items())
-        assert losses(tmp_path / "alone") == losses(stage)
-        shutil.rmtree(tmp_path / "alone")
-
-
-def test_damaged_factors_are_chosen_anew(
-    whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    write_sequence_toy(tmp_path, entries=[entry("contrast")], orders=[["sums"]])
-    factors = tmp_path / "results/calibration/contrast/sums-seed0.safetensors"
-    factors.parent.mkdir(parents=True)
-    factors.write_bytes(b"cut off")
-    assert run_sequences(load(tmp_path)).finished == 1
-    assert f"{factors} is damaged" in caplog.text
-    kept = whole / "results/calibration/contrast" / factors.name
-    assert all(torch.equal(value, load_file(kept)[name]) for name, value in load_file(factors).items())
 
 
 @pytest.mark.parametrize("given", ["0/2", "3/2", "2", "1/x", "-1/2", ""])
