@@ -111,7 +111,7 @@ def score_matrix(
 
 
 def average_score(matrix: ScoreMatrix) -> Estimate | None:
-    """Mean score over all tasks at the end: mean_j R[T, j]. GEM (Lopez-Paz & Ranzato 2017), eq. 2, ACC."""
+    """Mean score over all tasks at the end: mean_j R[T, j]. ACC of GEM (Lopez-Paz & Ranzato 2017)."""
     return _row_mean(matrix, len(matrix.tasks))
 
 
@@ -128,7 +128,7 @@ def average_incremental_score(matrix: ScoreMatrix) -> Estimate | None:
 
 
 def backward_transfer(matrix: ScoreMatrix) -> Estimate | None:
-    """Mean over the tasks before the last of R[T, j] - R[j, j]; below 0 is forgetting. GEM, eq. 3, BWT.
+    """Mean over the tasks before the last of R[T, j] - R[j, j]; below 0 is forgetting. BWT of GEM.
 
     None for one task.
     """
@@ -137,7 +137,7 @@ def backward_transfer(matrix: ScoreMatrix) -> Estimate | None:
 
 
 def forward_transfer(matrix: ScoreMatrix) -> Estimate | None:
-    """Mean over the tasks after the first of R[j-1, j] - b_j. GEM, eq. 4, FWT. None for one task.
+    """Mean over the tasks after the first of R[j-1, j] - b_j. FWT of GEM. None for one task.
 
     GEM takes b from a network with random weights. Here training starts from a backbone, so b_j = R[0, j].
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -86,6 +87,8 @@ def remove_run(folder: Path) -> None:
 def check_same_run(earlier: Path, settings: dict[str, Any]) -> None:
     """Refuse to continue a run whose backbone, adapter or data were other ones.
 
+    Files that lie to the run's folder as they did are the same ones: both were moved together.
+
     Args:
         earlier: `recipe.resolved.json` of the run that is continued; without it nothing is checked.
 
@@ -96,7 +99,10 @@ def check_same_run(earlier: Path, settings: dict[str, Any]) -> None:
         before = json.loads(earlier.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
+    there, here = _output_folder(before), _output_folder(settings)
     for key, old, new in _differences(before, settings, ""):
+        if there and here and _relative(old, there) == _relative(new, here):
+            continue
         section = key.split(".")[0]
         if section not in FREE_SETTINGS:
             raise UserError(
@@ -105,6 +111,21 @@ def check_same_run(earlier: Path, settings: dict[str, Any]) -> None:
             )
         if section == "training":
             logger.warning("--resume: %s was %s and is now %s", key, json.dumps(old), json.dumps(new))
+
+
+def _output_folder(settings: dict[str, Any]) -> str | None:
+    """The folder of the run of a resolved recipe; None if it is not absolute."""
+    folder = settings.get("training", {}).get("output_dir")
+    return folder if folder and os.path.isabs(folder) else None
+
+
+def _relative(value: Any, folder: str) -> Any:
+    """A setting, or those within it, with absolute paths as seen from `folder`."""
+    if isinstance(value, dict):
+        return {name: _relative(inner, folder) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_relative(inner, folder) for inner in value]
+    return os.path.relpath(value, folder) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def _differences(before: Any, after: Any, key: str) -> Iterator[tuple[str, Any, Any]]:

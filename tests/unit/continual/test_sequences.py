@@ -397,6 +397,20 @@ def test_a_probe_that_changed_is_noticed_and_one_that_moved_is_not(tmp_path: Pat
         run_sequences(moved, resume=True)
 
 
+def test_a_task_that_was_interrupted_goes_on_where_its_folder_was_moved(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Interruption(monkeypatch, [("step", 2)])
+    write_sequence_toy(tmp_path / "a", entries=[entry("er")])
+    backbone = f"backbone.model={whole / 'backbone'}"
+    assert run_sequences(load(tmp_path / "a", backbone)).signal == signal.SIGTERM
+    (tmp_path / "a").rename(tmp_path / "b")
+    places = [backbone, f"output_dir={tmp_path / 'b' / 'results'}"]
+    assert run_sequences(load(tmp_path / "b", *places), resume=True).finished == 1
+    wanted = next(s for s in results(whole)["sequences"] if s["label"] == "er-lr0.01-order1-seed0")
+    assert timeless(results(tmp_path / "b")["sequences"]) == timeless([wanted])
+
+
 @pytest.mark.parametrize("text", ["{", '{"evaluation": 5}', '{"evaluation": {"probes": [{}]}}'])
 def test_a_damaged_record_of_the_recipe_is_said(text: str, tmp_path: Path) -> None:
     recipe = load(tmp_path)

@@ -69,6 +69,19 @@ def test_another_recipe_is_not_continued(tmp_path: Path) -> None:
         folders.check_same_run(tmp_path / "recipe.resolved.json", other)
 
 
+def test_a_run_that_was_moved_with_its_data_is_the_same(tmp_path: Path) -> None:
+    def settings(root: str, data: str) -> dict[str, object]:
+        return {"training": {"output_dir": f"{root}/runs/a"}, "data": {"sources": [{"path": data}]}}
+
+    earlier = tmp_path / "recipe.resolved.json"
+    earlier.write_text(json.dumps(settings("/old", "/old/tasks/sums.jsonl")))
+    folders.check_same_run(earlier, settings("/new", "/new/tasks/sums.jsonl"))
+    folders.check_same_run(earlier, settings("/new", "/old/tasks/sums.jsonl"))
+    for other in ("/new/tasks/names.jsonl", "/new/sums.jsonl", "/other/tasks/sums.jsonl"):
+        with pytest.raises(UserError, match=r"--resume: data\.sources is .*, but .* started with"):
+            folders.check_same_run(earlier, settings("/new", other))
+
+
 @pytest.mark.parametrize(
     ("key", "before", "after"),
     [
