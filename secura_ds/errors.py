@@ -32,6 +32,10 @@ class UserError(Exception):
         super().__init__(redacted(message))
 
 
+class Diverged(UserError):
+    """Training has left the finite numbers: the loss, or a trained parameter."""
+
+
 class RankError(UserError):
     """Another rank of the run has failed or died; the message says which, and why."""
 

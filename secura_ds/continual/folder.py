@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from secura_ds import environment
-from secura_ds.continual.places import OWN
+from secura_ds.continual.places import OWN, sequence_folder
 from secura_ds.errors import UserError
 from secura_ds.files import atomic_write_json
-from secura_ds.recipe import SequenceRecipe
+from secura_ds.recipe import Sequence, SequenceRecipe
+from secura_ds.recipe.moved import same_setting
 from secura_ds.training import folder as runs
 
 RECIPE = "recipe.resolved.json"
-# What may change without making the sequences other ones. Entries, rates, orders and seeds may be added.
-_FREE = {"name", "description", "output_dir", "task_folders", "seeds"}
+SEQUENCE = "sequence.json"
+# What may change without making the sequences other ones; entries and orders are looked up at each.
+_FREE = {"name", "description", "output_dir", "task_folders", "seeds", "entries", "orders"}
 _FREE_IN_TRAINING = {
     "deepspeed", "gradient_checkpointing", "activation_offloading", "memory_check", "logging_steps",
     "save_steps", "save_total_limit", "report_to",
@@ -46,7 +48,9 @@ def check(recipe: SequenceRecipe, folder: Path, *, resume: bool, overwrite: bool
             f"output_dir {folder} already holds task sequences: --resume continues them, --overwrite deletes "
             "them and starts anew"
         )
-    _check_same_recipe(folder / RECIPE, recipe.resolved())
+    there = _check_same_recipe(folder / RECIPE, _resolved(recipe, folder))
+    for sequence in recipe.sequences():
+        _check_same_sequence(sequence, folder, there)
 
 
 def open_folder(recipe: SequenceRecipe, folder: Path, *, overwrite: bool, alone: bool = True) -> None:
@@ -62,8 +66,13 @@ def open_folder(recipe: SequenceRecipe, folder: Path, *, overwrite: bool, alone:
     folder.mkdir(parents=True, exist_ok=True)
     if alone:
         _remove_left_overs(folder)
-    atomic_write_json(folder / RECIPE, recipe.resolved())
+    atomic_write_json(folder / RECIPE, _resolved(recipe, folder))
     atomic_write_json(folder / "environment.json", environment.describe_environment())
+
+
+def open_sequence(sequence: Sequence, folder: Path) -> None:
+    """Write down what a sequence of the folder is. Main process only."""
+    atomic_write_json(sequence_folder(folder, sequence) / SEQUENCE, _described(sequence))
 
 
 def _remove_left_overs(folder: Path) -> None:
@@ -74,18 +83,48 @@ def _remove_left_overs(folder: Path) -> None:
                 left_over.unlink()
 
 
-def _check_same_recipe(earlier: Path, settings: dict[str, Any]) -> None:
+def _resolved(recipe: SequenceRecipe, folder: Path) -> dict[str, Any]:
+    return recipe.resolved() | {"output_dir": str(folder)}
+
+
+def _check_same_recipe(earlier: Path, settings: dict[str, Any]) -> str | None:
+    """Refuse another recipe than the folder's; returns where the folder was when that was written down."""
     try:
         before = _without_places(dict(json.loads(earlier.read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"--resume: {earlier} is missing or damaged, so that nobody knows what was run there: --overwrite"
         ) from error
+    there, here = before.get("output_dir"), settings["output_dir"]
     for key, old, new in _conflicts(before, _without_places(settings)):
-        raise UserError(
-            f"--resume: {key} is {json.dumps(new)}, but the sequences in {earlier.parent} were started with "
-            f"{json.dumps(old)}: use the recipe they were started with, another output_dir, or --overwrite"
-        )
+        if not same_setting(old, new, there, here):
+            raise _another(key, old, new, earlier.parent)
+    return there
+
+
+def _check_same_sequence(sequence: Sequence, folder: Path, there: str | None) -> None:
+    try:
+        earlier = (sequence_folder(folder, sequence) / SEQUENCE).read_text(encoding="utf-8")
+        before = dict(json.loads(earlier))
+    except (OSError, ValueError, TypeError):
+        return  # not begun
+    for key, new in _described(sequence).items():
+        if not same_setting(before.get(key), new, there, str(folder)):
+            what = "orders" if key == "order" else f"entry {sequence.entry.name}: {key}"
+            raise _another(what, before.get(key), new, folder)
+
+
+def _described(sequence: Sequence) -> dict[str, Any]:
+    """What its label does not tell."""
+    settings = sequence.entry.model_dump(mode="json", include={"adapter", "strategy"})
+    return settings | {"order": sequence.order}
+
+
+def _another(key: str, old: Any, new: Any, folder: Path) -> UserError:
+    return UserError(
+        f"--resume: {key} is {json.dumps(new)}, but the sequences in {folder} were started with "
+        f"{json.dumps(old)}: use the recipe they were started with, another output_dir, or --overwrite"
+    )
 
 
 def _without_places(settings: dict[str, Any]) -> dict[str, Any]:
@@ -102,17 +141,7 @@ def _conflicts(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[
         old, new = before.get(key), after.get(key)
         if key in _FREE or old == new:
             continue
-        if key == "entries":
-            known = {entry["name"]: entry for entry in old}
-            for entry in new:
-                same = known.get(entry["name"], entry)
-                for part in ("adapter", "strategy"):
-                    if same[part] != entry[part]:
-                        yield f"entry {entry['name']}: {part}", same[part], entry[part]
-        elif key == "orders":
-            pairs = zip(old or [before["tasks"]], new or [after["tasks"]], strict=False)
-            yield from (("orders", a, b) for a, b in pairs if a != b)
-        elif isinstance(old, dict) and isinstance(new, dict):
+        if isinstance(old, dict) and isinstance(new, dict):
             free = _FREE_IN_TRAINING if key == "training" else {"batch_size"}
             names = sorted((old.keys() | new.keys()) - free)
             yield from ((f"{key}.{n}", old.get(n), new.get(n)) for n in names if old.get(n) != new.get(n))

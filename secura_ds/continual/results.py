@@ -14,6 +14,8 @@ from secura_ds.recipe import Sequence, SequenceRecipe
 from secura_ds.tasks import Task
 
 FORMAT = 1
+LARGEST = 1e6
+"""Losses beyond, and those that are not finite, count as not measured."""
 _OF_TASKS = ("score", "stderr", "loss", "loss_stderr")
 
 
@@ -63,7 +65,7 @@ def _sequence(
     stages = [
         _stage(task, place, before)
         for task, place in zip(sequence.order, places, strict=True)
-        if place.scores.is_file()
+        if place.finished()
     ]
     finished = len(stages) == len(places)
     buffers = [place.buffer for place in places if place.buffer.is_file()]
@@ -125,12 +127,19 @@ def _shown(scores: dict[str, Any], before: dict[str, Any] | None = None) -> dict
     probes = {}
     for name, found in scores["probes"].items():
         value = found["score"] if "score" in found else found["mean_token_loss"]
-        probes[name] = {"score": value, "stderr": found["stderr"]}
+        probes[name] = {"score": _known(value), "stderr": _known(found["stderr"])}
         if before is not None:
             items = before["probes"][name]["items"]
-            probes[name]["change_stderr"] = paired_stderr(items, found["items"])
-    tasks = {name: {key: found.get(key) for key in _OF_TASKS} for name, found in scores["tasks"].items()}
+            probes[name]["change_stderr"] = _known(paired_stderr(items, found["items"]))
+    tasks = {
+        name: {key: _known(found.get(key)) for key in _OF_TASKS} for name, found in scores["tasks"].items()
+    }
     return {"tasks": tasks, "probes": probes}
+
+
+def _known(value: float | None) -> float | None:
+    """A number, unless training has ended where there is none."""
+    return value if value is not None and abs(value) <= LARGEST else None
 
 
 def _last_loss(path: Path) -> float | None:
@@ -144,7 +153,7 @@ def _status(finished: list[bool]) -> str:
 
 
 def _lines(path: Path) -> int:
-    return len(path.read_text(encoding="utf-8").splitlines())
+    return path.read_text(encoding="utf-8").count("\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from secura_ds.continual.measure import measure
 from secura_ds.continual.places import StagePlaces, shared_calibration, stage_places
 from secura_ds.continual.results import diverged_mark, write_results
 from secura_ds.continual.stage import carry_on, earlier_examples, make_strategy, stage_recipe
-from secura_ds.errors import UserError
+from secura_ds.errors import Diverged, UserError
 from secura_ds.files import atomic_write_json, remove_folder
 from secura_ds.ranks import on_main
 from secura_ds.recipe import Sequence, SequenceRecipe
@@ -26,7 +26,7 @@ from secura_ds.training import folder as runs
 from secura_ds.training.callbacks import Signals, StopRequested, asking
 from secura_ds.training.model import to_device
 from secura_ds.training.release import release
-from secura_ds.training.run import Diverged, Stage, train
+from secura_ds.training.run import Stage, train
 from secura_ds.training.session import Session, session
 from secura_ds.training.trainer import Trainer
 
@@ -134,10 +134,11 @@ def _run_sequence(
 ) -> int | None:
     """Train and measure the tasks of a sequence that are not finished; the signal that interrupted it."""
     places = [stage_places(folder, sequence, number) for number in range(len(sequence.order))]
+    on_main(lambda: folders.open_sequence(sequence, folder))
     if on_main(diverged_mark(folder, sequence).is_file):
         raise Diverged("it has diverged before")
     for number, place in enumerate(places):
-        if on_main(place.scores.is_file):
+        if on_main(place.finished):
             continue
         task = sequence.order[number]
         logger.info("%s: task %d of %d, %s", sequence.label, number + 1, len(places), task)

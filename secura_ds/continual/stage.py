@@ -156,10 +156,10 @@ def _rows(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Dataset:
-    """The examples of a file, as the task at position `number` would learn them."""
+    """The examples of a file, one a row, as the task at position `number` would learn them."""
     stage = stage_recipe(recipe, sequence, number, folder)
     sources = [stage.data.sources[0].model_copy(update={"path": str(path)})]
-    data = stage.data.model_copy(update={"sources": sources})
+    data = stage.data.model_copy(update={"sources": sources, "packing": False})
     rows, _, _ = build_datasets(stage.model_copy(update={"data": data}), tokenizer)
     return rows
 

@@ -20,6 +20,12 @@ from secura_ds.recipe.schema import (
 )
 
 
+def _named(values: list[str]) -> list[str]:
+    if path := next((value for value in values if "/" in value or value.endswith(".yaml")), None):
+        raise ValueError(f"{path!r} is a path: give the task's name, and its folder in task_folders")
+    return values
+
+
 def _distinct(values: list[Any]) -> list[Any]:
     if double := next((value for i, value in enumerate(values) if value in values[:i]), None):
         raise ValueError(f"{double!r} is given twice")
@@ -170,8 +176,8 @@ class SequenceRecipe(Document):
     output_dir: OutputFolder
     """Folder of the results, relative to the current folder."""
     backbone: BackboneRecipe
-    tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_distinct)]
-    """Names of tasks (`recipes/tasks/README.md`), or paths of their YAML files."""
+    tasks: Annotated[list[str], Field(min_length=1), AfterValidator(_named), AfterValidator(_distinct)]
+    """Names of tasks (`recipes/tasks/README.md`)."""
     task_folders: list[str] = []
     """Folders with YAML files of more tasks, relative to the recipe's folder."""
     orders: list[list[str]] | None = None
@@ -190,6 +196,7 @@ class SequenceRecipe(Document):
         cls, value: list[list[str]] | None, info: ValidationInfo
     ) -> list[list[str]] | None:
         tasks = info.data.get("tasks")
+        _distinct(value or [])
         for order in value or ():
             _distinct(order)
             if not order:
@@ -204,7 +211,16 @@ class SequenceRecipe(Document):
     @classmethod
     def _entries_fit(cls, value: list[Entry], info: ValidationInfo) -> list[Entry]:
         _distinct([entry.name for entry in value])
+        most = max(
+            (len(order) for order in info.data.get("orders") or [info.data.get("tasks", [])]), default=0
+        )
         for entry in value:
+            size = getattr(entry.strategy, "buffer_size", most)
+            if size < most - 1:
+                raise ValueError(
+                    f"entry {entry.name}: strategy.buffer_size is {size}, too few to keep an example of each "
+                    f"of the {most - 1} tasks before the last: set it higher"
+                )
             refuse_4_bit(entry.adapter, info.data.get("backbone"), f"entry {entry.name}: adapter")
         return value
 
@@ -220,11 +236,13 @@ class SequenceRecipe(Document):
     @classmethod
     def _packed_rows_mix(cls, value: SequenceData, info: ValidationInfo) -> SequenceData:
         entries = info.data.get("entries") or ()
-        if value.packing and any(entry.strategy.kind == "i-lora" for entry in entries):
+        replay = next((e.strategy.kind for e in entries if e.strategy.kind in ("er", "i-lora")), None)
+        if value.packing and replay is not None:
             raise PydanticCustomError(
                 RULE,
-                'data.packing puts several examples into one row, in which strategy "i-lora" could not tell '
+                "data.packing puts several examples into one row, in which strategy {kind} could not tell "
                 "those that are replayed: set it false",
+                {"kind": f'"{replay}"'},
             )
         return value
 

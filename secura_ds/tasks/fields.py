@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from secura_ds.recipe.base import RULE, Section
 
 GENERATED = ("exact_match", "json_exact_match", "bleu", "chrf", "ter", "rouge1", "rougeL")
-"""Metrics of answers that the model writes."""
+"""Metrics of answers that the model writes; the main one cannot be `ter`, of which less is better."""
 CHOSEN = ("acc", "acc_norm")
 """Metrics of choices by likelihood: as it is, and divided by the choice's length."""
 
@@ -120,6 +120,11 @@ class TaskFields(Section):
                     "metric_list",
                     f"metric_list has {entry.metric}; {self.output_type} has {', '.join(allowed)}",
                 )
+        if self.metric_list[0].metric == "ter":
+            raise _rule(
+                "metric_list",
+                "metric_list begins with ter, of which less is better; put another metric first",
+            )
         if chosen and self.doc_to_choice is None:
             raise _rule("output_type", "doc_to_choice is missing; it gives the choices of multiple_choice")
         if not chosen and self.generation_kwargs is None:

@@ -147,7 +147,13 @@ def _built_in(name: str) -> Task:
             raise _unreachable(name, config("dataset_path"), config("dataset_name"), error) from error
     if task.get_config("unsafe_code"):
         raise UserError(f"lm-eval's task {name} runs code that the model writes; it is refused")
-    return Task(task, needs_hub=True)
+    made = Task(task, needs_hub=True)
+    if task.higher_is_better().get(made.metric) is False:
+        raise UserError(
+            f"lm-eval's task {name} is scored by {made.metric}, of which less is better: name one "
+            "whose first metric is better where it is higher"
+        )
+    return made
 
 
 def _declared(definition: Definition) -> Task:

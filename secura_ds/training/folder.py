@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from secura_ds.errors import UserError
 from secura_ds.files import remove_left_overs
+from secura_ds.recipe.moved import same_setting
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +99,9 @@ def check_same_run(earlier: Path, settings: dict[str, Any]) -> None:
         before = json.loads(earlier.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
-    there, here = _output_folder(before), _output_folder(settings)
+    there, here = (recipe.get("training", {}).get("output_dir") for recipe in (before, settings))
     for key, old, new in _differences(before, settings, ""):
-        if there and here and _relative(old, there) == _relative(new, here):
+        if same_setting(old, new, there, here):
             continue
         section = key.split(".")[0]
         if section not in FREE_SETTINGS:
@@ -111,21 +111,6 @@ def check_same_run(earlier: Path, settings: dict[str, Any]) -> None:
             )
         if section == "training":
             logger.warning("--resume: %s was %s and is now %s", key, json.dumps(old), json.dumps(new))
-
-
-def _output_folder(settings: dict[str, Any]) -> str | None:
-    """The folder of the run of a resolved recipe; None if it is not absolute."""
-    folder = settings.get("training", {}).get("output_dir")
-    return folder if folder and os.path.isabs(folder) else None
-
-
-def _relative(value: Any, folder: str) -> Any:
-    """A setting, or those within it, with absolute paths as seen from `folder`."""
-    if isinstance(value, dict):
-        return {name: _relative(inner, folder) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_relative(inner, folder) for inner in value]
-    return os.path.relpath(value, folder) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def _differences(before: Any, after: Any, key: str) -> Iterator[tuple[str, Any, Any]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from secura_ds.backbones import load_tokenizer
 from secura_ds.calibration import Calibration
 from secura_ds.data import build_datasets
 from secura_ds.environment import is_main_process
-from secura_ds.errors import UserError
+from secura_ds.errors import Diverged, UserError
 from secura_ds.files import atomic_write_json
-from secura_ds.ranks import on_main
+from secura_ds.ranks import from_all, on_main
 from secura_ds.recipe import CabrSettings, CordaAdapter, Recipe
 from secura_ds.sharding import full_shape
 from secura_ds.training import checkpoint as files
@@ -39,6 +39,7 @@ from secura_ds.training.callbacks import (
     asking,
     cut_log,
     peak_memory,
+    reset_peak_memory,
 )
 from secura_ds.training.export import require_exportable, require_names
 from secura_ds.training.memory import check_memory
@@ -59,15 +60,13 @@ from secura_ds.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-class Diverged(UserError):
-    """The loss stayed not finite."""
-
-
 @dataclass(frozen=True)
 class RunSummary:
-    """What `run.json` says of a run. `seconds` and memory are this process's, `tokens` all ranks'.
+    """What `run.json` says of a run.
 
-    `seconds` are with a calibration that another run has done for this one.
+    `seconds` are all that led to the adapter: those before an interruption, too, and those of a calibration
+    that another run has done for this one, but none of a sequence's measuring. `peak_memory_bytes` is the
+    fullest rank's in this process, `tokens` all ranks'.
     """
 
     status: str
@@ -115,6 +114,7 @@ def train(
         UserError: anything the user can mend, the same on every rank; earlier checkpoints stay as they are.
     """
     began = time.perf_counter()
+    reset_peak_memory()
     folder = Path(recipe.training.output_dir).absolute()
     with session(recipe, folder) as opened:
         return _train(recipe, folder, opened, began, stage or Stage(), resume=resume, overwrite=overwrite)
@@ -142,20 +142,23 @@ def _train(
     planned = check_memory(recipe, train_rows, opened.settings, calibrates=_calibrates(recipe, found, stage))
     data = (train_rows, validation)
     trainer, spared = _make_trainer(recipe, folder, opened, data, found, base, stage, overwrite=overwrite)
+    trainer.began = began - spared
     signals = Signals()
     agreement = _add_callbacks(trainer, recipe, folder, signals)
-    with signals.watched():
+    with signals.watched(), _released_if_diverged(trainer):
         _run(trainer, found)
         merged = None
         if _status(agreement) == "finished":
             stage.strategy.finish(trainer)
             merged = finish(trainer, folder, base, agreement)
+        seconds = trainer.run_seconds
+        if _status(agreement) == "finished":
             _measure(trainer, stage, agreement)
         summary = RunSummary(
             status=_status(agreement),
             steps=trainer.state.global_step,
-            seconds=time.perf_counter() - began + spared,
-            peak_memory_bytes=peak_memory(),
+            seconds=seconds,
+            peak_memory_bytes=max(from_all(peak_memory())),
             planned_memory_bytes=planned.needed_bytes if planned is not None else None,
             trainable_parameters=_count(trainer.model),
             tokens=int(trainer.total_tokens),
@@ -165,8 +168,18 @@ def _train(
         on_main(lambda: atomic_write_json(folder / "run.json", asdict(summary)))
     release(trainer.model, trainer.optimizer)
     if summary.status == "stopped":
-        raise Diverged(_not_finite(trainer, recipe))
+        raise Diverged(on_main(lambda: _not_finite(trainer, recipe)))
     return summary
+
+
+@contextmanager
+def _released_if_diverged(trainer: Trainer) -> Iterator[None]:
+    """Let go of the model where a sequence goes on after this run, with another model."""
+    try:
+        yield
+    except Diverged:
+        release(trainer.model, trainer.optimizer)
+        raise
 
 
 def _reads(recipe: Recipe) -> list[Path]:
@@ -362,7 +375,7 @@ def _count(model: nn.Module) -> int:
 
 
 def _not_finite(trainer: Trainer, recipe: Recipe) -> str:
-    kept = files.latest(trainer.checkpoints) if is_main_process() else None
+    kept = files.latest(trainer.checkpoints)
     last = f"the last good checkpoint is {kept}" if kept is not None else "there was no checkpoint yet"
     return (
         f"the loss was not finite for {PATIENCE} steps, up to step {trainer.state.global_step}: "

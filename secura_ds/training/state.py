@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from secura_ds import sharding
 from secura_ds.adapter import secura_layers
 from secura_ds.environment import is_main_process, rank, world_size
-from secura_ds.errors import UserError, first_line
+from secura_ds.errors import Diverged, UserError, first_line
 from secura_ds.ranks import from_all
 from secura_ds.training.checkpoint import Checkpoint
 from secura_ds.training.model import accumulators, secura_config, trainable
@@ -34,7 +34,7 @@ def capture(trainer: Trainer) -> Checkpoint:
     """Gather the whole state of training. Collective; the main process alone needs the result.
 
     Raises:
-        UserError: a trained parameter is not finite, so that the earlier checkpoint is the better one.
+        Diverged: a trained parameter is not finite, so that the earlier checkpoint is the better one.
     """
     model = trainer.model
     parameters = trainable(model)
@@ -48,7 +48,7 @@ def capture(trainer: Trainer) -> Checkpoint:
         if main:
             trained[name] = value.to("cpu", copy=True)
     if broken:
-        raise UserError(
+        raise Diverged(
             f"{len(broken)} trained parameters are not finite, the first is {broken[0]}; nothing was "
             "saved, so the earlier checkpoint stays: try a lower training.learning_rate"
         )

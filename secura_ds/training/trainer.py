@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -72,6 +73,7 @@ class Trainer(SFTTrainer):
         self.sampler: StepSampler | None = None
         self.step_loss, self.step_tokens = 0.0, 0
         self.total_tokens, self.total_seconds = 0.0, 0.0
+        self.began = time.perf_counter()
         exact = {name: parameter.data for name, parameter in trainable(model).items()}
         super().__init__(
             model=model,
@@ -204,11 +206,17 @@ class Trainer(SFTTrainer):
         self.state.stateful_callbacks = {}
         return json.dumps(asdict(self.state), indent=2, sort_keys=True) + "\n"
 
+    @property
+    def run_seconds(self) -> float:
+        """Seconds since the run began, those before an interruption with it but for the pause."""
+        return time.perf_counter() - self.began
+
     def counters(self) -> dict[str, Any]:
         """What has been added up since the run began, or since the last line of the log."""
         return {
             "tokens": self.total_tokens,
             "seconds": self.total_seconds,
+            "run_seconds": self.run_seconds,
             "last_logged": self._globalstep_last_logged,
         }
 
@@ -222,6 +230,7 @@ class Trainer(SFTTrainer):
             return
         counters = self.resumed.state["counters"]
         self.total_tokens, self.total_seconds = counters["tokens"], counters["seconds"]
+        self.began -= counters.get("run_seconds", 0.0)
         own = states.own_part(self.resumed)
         if own is not None:
             self._globalstep_last_logged = counters["last_logged"]

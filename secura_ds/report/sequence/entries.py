@@ -218,8 +218,8 @@ def _line_labels(firsts: Sequence[Entry]) -> list[str]:
     names = [method_name(entry.first) for entry in firsts]
     labels = []
     for entry, name in zip(firsts, names, strict=True):
-        alike = [_flat(other.first.settings) for other, n in zip(firsts, names, strict=True) if n == name]
-        mine = _flat(entry.first.settings)
+        alike = [_settings(other.first) for other, n in zip(firsts, names, strict=True) if n == name]
+        mine = _settings(entry.first)
         apart = [
             f"{key.rpartition('.')[2].replace('_', ' ')} {value}"
             for key, value in mine.items()
@@ -229,6 +229,10 @@ def _line_labels(firsts: Sequence[Entry]) -> list[str]:
     if len(set(labels)) < len(labels):
         return [entry.label.removesuffix(f", {entry.first.learning_rate:g}") for entry in firsts]
     return labels
+
+
+def _settings(sequence: TaskSequence) -> dict[str, str]:
+    return _flat({"adapter": sequence.settings, "strategy": sequence.strategy_settings})
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
@@ -241,7 +245,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _without_rate(sequence: TaskSequence) -> str:
-    return json.dumps([sequence.method, sequence.strategy, sequence.settings], sort_keys=True)
+    settings = [sequence.method, sequence.strategy, sequence.settings, sequence.strategy_settings]
+    return json.dumps(settings, sort_keys=True)
 
 
 def _setting(sequence: TaskSequence) -> tuple[str, float]:

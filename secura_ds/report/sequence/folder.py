@@ -103,8 +103,9 @@ class TaskSequence(_Part):
     seed: int
     learning_rate: Positive
     settings: dict[str, Any] = {}
+    strategy_settings: dict[str, Any] = {}
     folder: Name
-    status: Status
+    status: Literal["finished", "unfinished", "diverged"]
     trainable_parameters: Count | None = None
     buffer_examples: Count = 0
     buffer_bytes: Count = 0
@@ -124,8 +125,9 @@ class TaskSequence(_Part):
             raise ValueError(f"stages are {trained}, order is {self.order}")
         if self.finished and len(trained) < len(self.order):
             raise ValueError(f"finished with {len(trained)} stages of {len(self.order)}")
-        if _depth(self.settings) > DEPTH:
-            raise ValueError(f"settings are nested too deeply, at most {DEPTH} objects in each other")
+        for name, settings in (("settings", self.settings), ("strategy_settings", self.strategy_settings)):
+            if _depth(settings) > DEPTH:
+                raise ValueError(f"{name} are nested too deeply, at most {DEPTH} objects in each other")
         path = PurePosixPath(self.folder)
         if path.is_absolute() or ".." in path.parts or "\0" in self.folder:
             raise ValueError(f"folder is {self.folder!r}: it must lie in the results folder")

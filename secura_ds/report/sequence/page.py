@@ -116,7 +116,8 @@ def _missing(found: Sequence[Entry]) -> list[str]:
         for sequence in entry.sequences:
             if not sequence.finished:
                 done = f"{len(sequence.stages)} of {len(sequence.order)} tasks"
-                notes.append(f"{sequence.label} is unfinished ({done}): its metrics are not counted.")
+                state = "has diverged" if sequence.status == "diverged" else "is unfinished"
+                notes.append(f"{sequence.label} {state} ({done}): its metrics are not counted.")
     for what in ("tasks", "probes"):
         names = [part.name for part in getattr(found[0].home.results, what)]
         unmeasured = [name for name in names if not any(_scored(entry, what, name) for entry in found)]

@@ -84,6 +84,13 @@ def test_a_recipe_loads_again_as_it_was_resolved(path: Path, tmp_path: Path) -> 
         ("seeds=[1,1]", "1 is given twice"),
         ('orders=[["sums","summs"]]', "'summs' is not among tasks: add it there"),
         ("orders=[]", "should hold an order, or be null"),
+        ('orders=[["sums"],["sums"]]', "['sums'] is given twice"),
+        ('tasks=["tasks/sums.yaml"]', "'tasks/sums.yaml' is a path: give the task's name, and its folder in"),
+        ('tasks=["sums.yaml"]', "'sums.yaml' is a path"),
+        (
+            'entries.0.strategy={"kind": "er", "buffer_size": 1}',
+            "entry secura: strategy.buffer_size is 1, too few to keep an example of each of the 2 tasks",
+        ),
         ("training.learning_rate=1", "training.learning_rate from --set is no known key"),
         ("training.epochs=2", "exactly one of epochs and max_steps should be given"),
         ("data.sources=[]", "data.sources from --set is no known key"),
@@ -139,10 +146,11 @@ def test_what_full_training_and_4_bit_weights_need(path: Path, tmp_path: Path) -
     assert 'entry m1: adapter.strategy is "M1", which rewrites the weights' in problem(m1, *four_bit)
 
 
-def test_packing_hides_what_is_replayed(path: Path) -> None:
-    kind = 'entries.0.strategy={"kind": "i-lora"}'
-    assert 'packing puts several examples into one row, in which strategy "i-lora"' in problem(
-        path, kind, "data.packing=true"
+@pytest.mark.parametrize("kind", ["er", "i-lora"])
+def test_packing_hides_what_is_replayed(path: Path, kind: str) -> None:
+    strategy = f'entries.0.strategy={{"kind": "{kind}"}}'
+    assert f'packing puts several examples into one row, in which strategy "{kind}"' in problem(
+        path, strategy, "data.packing=true"
     )
 
 

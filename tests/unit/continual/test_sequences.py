@@ -24,7 +24,6 @@ from secura_ds.errors import UserError
 from secura_ds.evaluation import evaluate
 from secura_ds.recipe import EvaluationRecipe, load_recipe
 from secura_ds.training import callbacks, train
-from secura_ds.training.trainer import Trainer
 
 M1 = SECURA | {"strategy": "M1", "fold_every": 2}
 LORA = {"method": "lora", "rank": 3, "target_modules": ["q_proj"]}
@@ -336,25 +335,6 @@ def test_weights_that_an_earlier_task_has_not_left_whole_are_named(
     assert run_sequences(recipe, resume=True).finished == 1
 
 
-def test_a_sequence_that_diverges_does_not_end_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = load(tmp_path, entries=[entry("seq") | {"learning_rates": [0.02, 0.01]}])
-    longer = recipe.model_copy(update={"training": recipe.training.model_copy(update={"max_steps": 6})})
-    compute = Trainer.compute_loss
-
-    def broken(trainer: Trainer, *args: Any, **more: Any) -> Any:
-        loss = compute(trainer, *args, **more)
-        return loss * float("nan") if trainer.args.learning_rate == 0.02 else loss
-
-    monkeypatch.setattr(Trainer, "compute_loss", broken)
-    assert run_sequences(longer) == SequencesSummary(planned=2, finished=1, diverged=1)
-    first, second = results(tmp_path)["sequences"]
-    assert first["status"] == "diverged" and first["metrics"] is None
-    assert second["status"] == "finished"
-    assert run_sequences(longer, resume=True) == SequencesSummary(planned=2, finished=1, diverged=1)
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -395,20 +375,6 @@ def test_a_probe_that_changed_is_noticed_and_one_that_moved_is_not(tmp_path: Pat
     probe.write_text(probe.read_text() + " One sentence more.")
     with pytest.raises(UserError, match="general.txt is not what the probe holds now: restore the probe's"):
         run_sequences(moved, resume=True)
-
-
-def test_a_task_that_was_interrupted_goes_on_where_its_folder_was_moved(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Interruption(monkeypatch, [("step", 2)])
-    write_sequence_toy(tmp_path / "a", entries=[entry("er")])
-    backbone = f"backbone.model={whole / 'backbone'}"
-    assert run_sequences(load(tmp_path / "a", backbone)).signal == signal.SIGTERM
-    (tmp_path / "a").rename(tmp_path / "b")
-    places = [backbone, f"output_dir={tmp_path / 'b' / 'results'}"]
-    assert run_sequences(load(tmp_path / "b", *places), resume=True).finished == 1
-    wanted = next(s for s in results(whole)["sequences"] if s["label"] == "er-lr0.01-order1-seed0")
-    assert timeless(results(tmp_path / "b")["sequences"]) == timeless([wanted])
 
 
 @pytest.mark.parametrize("text", ["{", '{"evaluation": 5}', '{"evaluation": {"probes": [{}]}}'])

@@ -87,6 +87,18 @@ def test_entries_of_one_method_make_a_line_by_rising_rate(tmp_path: Path) -> Non
     assert [entry.first.learning_rate for entry in found[0].entries] == [1e-4, 1e-3]
 
 
+def test_strategies_that_differ_in_a_setting_are_lines_of_their_own(tmp_path: Path) -> None:
+    folder = make_frontier(tmp_path / "r", methods=2, rates=(1e-3, 1e-4))
+    for place, penalty in ((-1, 10.0), (-2, 1000.0)):
+        more = {"strategy": "ewc", "strategy_settings": {"kind": "ewc", "penalty": penalty}}
+        edit(folder, lambda d, place=place, more=more: d["sequences"][place].update(more))
+    labels = [line.label for line in lines(entries([read_results(folder)]))]
+    assert labels[0] == "SECURA" and set(labels[1:]) == {
+        "LoRA + EWC, penalty 10.0",
+        "LoRA + EWC, penalty 1000.0",
+    }
+
+
 def test_gradients_run_on_from_stage_to_stage(tmp_path: Path) -> None:
     folder = make_continual(tmp_path / "r", tasks=2, entries=2, seeds=1)
     stage = folder / "sequences" / "secura-or-ge-seed0" / "stages" / "01-orders" / "metrics.jsonl"
@@ -116,6 +128,7 @@ BREAKS: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda d: d["sequences"][0].update(folder="/etc"), r"it must lie in the results folder"),
     (lambda d: [s.update(label="x") for s in d["sequences"]], r"sequences: x is there twice"),
     (lambda d: d["sequences"][0].update(settings=nested(12)), r"settings are nested too deeply"),
+    (lambda d: d["sequences"][0].update(strategy_settings=nested(12)), r"strategy_settings are nested too"),
     (lambda d: d["before"]["tasks"]["orders"].update(score=1e300), r"less than or equal to"),
     (lambda d: d["tasks"].pop(0), r"trains orders, tasks are german, units"),
     (lambda d: d["before"]["tasks"]["orders"].update(score="1"), r'before\.tasks\.orders\.score is "1"'),

@@ -196,6 +196,16 @@ def test_unfinished_and_unmeasured_parts_are_named(tmp_path: Path) -> None:
     assert "matrix-1" in pngs(folder / "plots")
 
 
+def test_a_diverged_sequence_is_named(tmp_path: Path) -> None:
+    folder = make_continual(tmp_path / "r", tasks=2, entries=2, seeds=1, unfinished=1, runs=False)
+    document = json.loads((folder / "continual.json").read_text(encoding="utf-8"))
+    ended = next(s for s in document["sequences"] if s["status"] == "unfinished")
+    ended["status"] = "diverged"
+    (folder / "continual.json").write_text(json.dumps(document), encoding="utf-8")
+    text = Page(write_report([folder])).text
+    assert f"{ended['label']} has diverged (1 of 2 tasks): its metrics are not counted." in text
+
+
 def test_losses_stand_in_for_scores_that_nobody_asked_for(tmp_path: Path) -> None:
     folder = make_continual(tmp_path / "r", tasks=2, entries=2, seeds=2, runs=False)
     document = json.loads((folder / "continual.json").read_text(encoding="utf-8"))

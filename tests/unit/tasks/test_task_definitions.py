@@ -43,6 +43,10 @@ def changed(old: str, new: str, text: str = GENERATION) -> str:
             changed("metric: exact_match", "metric: acc"),
             r":11: metric_list has acc; generate_until has exact",
         ),
+        (
+            changed("metric: exact_match", "metric: ter"),
+            r":11: metric_list begins with ter, of which less is",
+        ),
         (changed("metric: exact_match", "metric: [a]"), r":12: metric_list\.0\.metric is \['a'\]"),
         (
             changed("metric: acc\n", "metric: bleu\n", CHOICE),
