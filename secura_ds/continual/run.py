@@ -12,11 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from secura_ds.backbones import load_model, load_tokenizer
 from secura_ds.continual import folder as folders
-from secura_ds.continual.material import write_material
+from secura_ds.continual.material import gather_material, write_material
 from secura_ds.continual.measure import measure
 from secura_ds.continual.places import StagePlaces, shared_calibration, stage_places
 from secura_ds.continual.results import diverged_mark, write_results
-from secura_ds.continual.stage import carry_on, earlier_examples, make_strategy, stage_recipe
+from secura_ds.continual.stage import (
+    carry_on,
+    check_entries,
+    earlier_examples,
+    make_strategy,
+    stage_recipe,
+)
 from secura_ds.errors import Diverged, UserError
 from secura_ds.files import atomic_write_json, remove_folder
 from secura_ds.ranks import on_main
@@ -78,8 +84,14 @@ def run_sequences(
     tasks = load_tasks(recipe.tasks, [recipe.resolve_path(path) for path in recipe.task_folders])
     with session(stage_recipe(recipe, sequences[0], 0, folder), folder) as opened:
         on_main(lambda: folders.check(recipe, folder, resume=resume, overwrite=overwrite))
-        on_main(lambda: folders.open_folder(recipe, folder, overwrite=overwrite, alone=share is None))
-        on_main(lambda: write_material(tasks, recipe, folder, chat=tokenizer.chat_template is not None))
+        on_main(lambda: check_entries(recipe, folder, sharded=opened.settings is not None))
+
+        def prepare() -> None:
+            made = gather_material(tasks, recipe, folder, tokenizer)
+            folders.open_folder(recipe, folder, overwrite=overwrite, alone=share is None)
+            write_material(made)
+
+        on_main(prepare)
         # One of several measures it; the others have sequences to train meanwhile.
         first = share is None or share.number == 1
         signal = _measure_backbone(recipe, tasks, folder, tokenizer, opened) if first else None

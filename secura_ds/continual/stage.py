@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from secura_ds.backbones import load_config
 from secura_ds.continual import strategies
 from secura_ds.continual.places import stage_places, task_files
 from secura_ds.data import build_datasets
+from secura_ds.errors import UserError, first_line
 from secura_ds.files import atomic_write_text, save_tensors
+from secura_ds.plan.blueprint import draw
 from secura_ds.ranks import on_main
 from secura_ds.recipe import (
     DataRecipe,
@@ -29,6 +33,8 @@ from secura_ds.training import checkpoint
 from secura_ds.training.state import STRATEGY
 from secura_ds.training.strategy import Replay, Strategy
 from secura_ds.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def stage_recipe(recipe: SequenceRecipe, sequence: Sequence, number: int, folder: Path) -> Recipe:
@@ -51,6 +57,27 @@ def stage_recipe(recipe: SequenceRecipe, sequence: Sequence, number: int, folder
             "seed": sequence.seed,
         },
     )
+
+
+def check_entries(recipe: SequenceRecipe, folder: Path, *, sharded: bool) -> None:
+    """Refuse an entry whose adapter does not fit the backbone, before hours go into those before it.
+
+    Args:
+        sharded: DeepSpeed owns the parameters.
+
+    Raises:
+        UserError: names the entry.
+    """
+    config = load_config(recipe.backbone)
+    for entry in recipe.entries:
+        sequence = next(s for s in recipe.sequences() if s.entry is entry)
+        try:
+            draw(stage_recipe(recipe, sequence, 0, folder), config, sharded=sharded)
+        except UserError as error:
+            raise UserError(f"entry {entry.name}: {error}") from error
+        except Exception as error:
+            # An architecture of the hub's own may do what the meta device cannot.
+            logger.debug("entry %s cannot be checked beforehand: %s", entry.name, first_line(error))
 
 
 def _recipe(recipe: SequenceRecipe, **sections: Any) -> Recipe:

@@ -2,6 +2,6 @@
 
 from secura_ds.evaluation.answers import answer_loss
 from secura_ds.evaluation.parts import Parts, fingerprints
-from secura_ds.evaluation.runner import evaluate, evaluating
+from secura_ds.evaluation.runner import evaluate, evaluating, read_probe
 
-__all__ = ["Parts", "answer_loss", "evaluate", "evaluating", "fingerprints"]
+__all__ = ["Parts", "answer_loss", "evaluate", "evaluating", "fingerprints", "read_probe"]

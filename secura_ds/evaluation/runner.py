@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from secura_ds.evaluation.choice import multiple_choice
+from secura_ds.evaluation.choice import multiple_choice, read_questions
 from secura_ds.evaluation.parts import Parts
 from secura_ds.evaluation.task import score_task
-from secura_ds.evaluation.text import text_loss
+from secura_ds.evaluation.text import read_windows, text_loss
 from secura_ds.recipe import EvaluationRecipe, Probe
 from secura_ds.sharding import gathered_forward
 
@@ -95,6 +95,18 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+def read_probe(probe: Probe, path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Read a probe's file as `evaluate` will, and measure nothing.
+
+    Raises:
+        UserError: the file is missing, malformed, or has fewer items than asked for; names the place.
+    """
+    if probe.kind == "multiple_choice":
+        read_questions(path, probe.max_items)
+    else:
+        read_windows(tokenizer, path, probe.max_items)
 
 
 def _free_name(stem: str, taken: dict[str, Any]) -> str:

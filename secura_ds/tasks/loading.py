@@ -176,7 +176,20 @@ def _declared(definition: Definition) -> Task:
             if not fields.is_local and _in_download(error):
                 raise _unreachable(fields.task, fields.dataset_path, fields.dataset_name, error) from error
             raise _unrenderable(definition, rows, error) from error
+    _refuse_constants(definition, list(next(iter(task.eval_docs), {})))
     return Task(task, needs_hub=not fields.is_local)
+
+
+def _refuse_constants(definition: Definition, columns: Sequence[str]) -> None:
+    """A word that is neither a template nor a column is the same for all rows: a column's name, misspelt."""
+    for key in ("doc_to_text", "doc_to_target"):
+        given = definition.values[key]
+        constant = isinstance(given, str) and not any(sign in given for sign in ("{{", "{%"))
+        if constant and not given.isdigit() and given not in columns:
+            raise UserError(
+                f"{definition.where(key)}: {key} is {shown(given)}, which is no column of the rows "
+                f"({shown(', '.join(columns))}) and no template with {{{{ }}}}: all rows would have the same"
+            )
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from secura_ds import environment
 from secura_ds.backbones.adapter import refuse_stage
 from secura_ds.errors import UserError
 from secura_ds.reading import read_json
-from secura_ds.recipe import Recipe
+from secura_ds.recipe import Recipe, SequenceRecipe
 from secura_ds.sharding import refuse_unsupported
 from secura_ds.training.contradictions import contradictions, follow_recipe, misshapen
 
@@ -44,13 +46,13 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any] | None:
         if environment.world_size() > 1:
             raise UserError(
                 f"training.deepspeed is null, but {environment.world_size()} processes were launched: name "
-                'a configuration such as "deepspeed/zero3.json", or start one with python launch/train.py'
+                f'a configuration such as "deepspeed/zero3.json", or start one with python {_script()}'
             )
         return None
     if not environment.under_launcher():
         raise UserError(
             f'training.deepspeed is "{name}", but this is one process without a launcher: start it with '
-            "`deepspeed launch/train.py ...`, or train on one device with --set training.deepspeed=null"
+            f"`deepspeed {_script()} ...`, or train on one device with --set training.deepspeed=null"
         )
     check_deepspeed_version(_installed_version())
     path = recipe.resolve_path(name)
@@ -58,6 +60,10 @@ def deepspeed_settings(recipe: Recipe) -> dict[str, Any] | None:
     _check_settings(settings, recipe, str(path))
     refuse_stage(recipe, settings["zero_optimization"]["stage"])
     return follow_recipe(settings, recipe, environment.world_size())
+
+
+def _script() -> str:
+    return f"launch/{'continual' if Path(sys.argv[0]).stem == 'continual' else 'train'}.py"
 
 
 def check_deepspeed_version(version: str) -> None:
@@ -105,11 +111,12 @@ def check_machine(recipe: Recipe) -> None:
         )
 
 
-def check_examples(rows: int, recipe: Recipe) -> None:
+def check_examples(rows: int, recipe: Recipe | SequenceRecipe, of: str = "training data") -> None:
     """Refuse fewer rows than a step takes: the sampler would repeat some, which then count more than others.
 
     Args:
-        rows: of the training data; with packing a row holds several examples.
+        rows: how many there are; with packing a row holds several examples.
+        of: what they are of, in words.
 
     Raises:
         UserError: names both numbers.
@@ -118,7 +125,7 @@ def check_examples(rows: int, recipe: Recipe) -> None:
     micro, passes = training.micro_batch_size, training.gradient_accumulation_steps
     if rows < micro * passes * ranks:
         raise UserError(
-            f"there are {rows} rows of training data, but a step takes {micro} x {passes} x {ranks} = "
+            f"there are {rows} rows of {of}, but a step takes {micro} x {passes} x {ranks} = "
             f"{micro * passes * ranks} (training.micro_batch_size, gradient_accumulation_steps, ranks): "
             "lower one of them, or add data"
         )

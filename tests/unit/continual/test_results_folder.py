@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from continual_toys import load, results, write_sequence_toy
+from continual_toys import load, results, sequence_recipe, write_sequence_toy
 from training_toys import write_toy
 
 from secura_ds.continual import SequencesSummary, run_sequences
@@ -208,3 +208,47 @@ def test_the_peak_of_memory_is_that_since_it_was_reset() -> None:
     del much
     callbacks.reset_peak_memory()
     assert callbacks.memory_in_use() <= callbacks.peak_memory() < before - 2**27
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"entries": [ENTRY, ENTRY | {"name": "b", "adapter": LORA | {"target_modules": ["query"]}}]},
+            "entry b: adapter.target_modules: .*query",
+        ),
+        (
+            {
+                "entries": [
+                    {"name": "c", "adapter": {"method": "secura", "cur_rank": 999}, "learning_rates": [1]}
+                ]
+            },
+            "entry c: .*cur_rank is 999",
+        ),
+        (
+            {"training": sequence_recipe()["training"] | {"micro_batch_size": 40}},
+            "there are 24 rows of the task sums, but a step takes 40 x 1 x 1 = 40",
+        ),
+    ],
+)
+def test_settings_that_fit_nothing_are_refused_before_anything_is_measured(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    write_sequence_toy(tmp_path, **changes)
+    with pytest.raises(UserError, match=said):
+        run_sequences(load(tmp_path))
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_bad_probe_is_named_where_the_user_has_it_and_leaves_nothing(tmp_path: Path) -> None:
+    write_sequence_toy(tmp_path)
+    probe = tmp_path / "knowledge.jsonl"
+    whole = probe.read_text()
+    probe.write_text(whole.replace('"answer": 0', '"answer": "a"', 1))
+    with pytest.raises(UserError, match=rf"{probe}:1: answer is 'a'"):
+        run_sequences(load(tmp_path))
+    probe.write_text(whole)
+    short = {"kind": "multiple_choice", "path": "knowledge.jsonl", "max_items": 50}
+    with pytest.raises(UserError, match=rf"{probe}.* 9 questions"):
+        run_sequences(load(tmp_path, f"evaluation.probes={json.dumps([short])}"))
+    assert not (tmp_path / "results").exists()

@@ -70,6 +70,10 @@ def changed(old: str, new: str, text: str = GENERATION) -> str:
             changed("doc_to_text: prompt", 'doc_to_text: "{{{{promp"'),
             r":8: doc_to_text does not fit the rows",
         ),
+        (
+            changed("doc_to_text: prompt", "doc_to_text: promt"),
+            r":8: doc_to_text is promt, which is no column of the rows \(prompt, .*no template with \{\{",
+        ),
         (changed("test_split: test", "test_split: test\ntest_split: train"), r"test_split is given twice"),
         (changed("task: {name}", "task: [{name}"), r"toy\.yaml:\d+: not YAML"),
     ],
