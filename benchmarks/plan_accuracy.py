@@ -100,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     if wanted == ranks and (not options.only or options.only in name)
                 }
                 found = measure(RECIPE, cases, ranks=ranks, folder=folder / f"{ranks}") if cases else {}
+                found = json.loads(json.dumps(found).replace(backbone, size))  # no folder of this machine
                 rows += [{"size": size, "case": name, "ranks": ranks, **row} for name, row in found.items()]
     print(_table(rows))
     if options.out is not None:

@@ -3,7 +3,7 @@
     python launch/plan.py recipes/llama3-8b.json --gpus 4 --gpu-memory 24
 
 Needs the model's configuration, no weights and no GPU. Without --gpus it plans for the devices of this
-machine. Exit status 1: it does not fit.
+machine. Of task sequences it plans a task of each entry. Exit status 1: it does not fit.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import torch
 
 import secura_ds  # noqa: F401 - registers our adapter with PEFT
 from secura_ds.backbones import load_config
+from secura_ds.continual.stage import entry_recipes
 from secura_ds.errors import UserError, run_command
 from secura_ds.files import atomic_write_json
 from secura_ds.plan import Change, Devices, Plan, Verdict, advice, here, judge, plan
 from secura_ds.plan.traffic import LINK, seconds
-from secura_ds.recipe import load_recipe
+from secura_ds.recipe import Recipe, describes_sequences, load_recipe, load_sequence_recipe
 from secura_ds.report.plan import plan_table
 
 GIB = 2**30
@@ -35,22 +36,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # Libraries tell each other what will change; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    recipe = load_recipe(options.recipe, options.set)
     devices = _devices(options)
+    if describes_sequences(options.recipe):
+        sequences = load_sequence_recipe(options.recipe, options.set)
+        documents = {}
+        for entry, recipe in entry_recipes(sequences, Path(sequences.output_dir)):
+            print(f"entry {entry.name}")
+            documents[entry.name] = _plan(recipe, devices, options)
+        found: dict[str, Any] = {"entries": documents}
+    else:
+        found = _plan(load_recipe(options.recipe, options.set), devices, options)
+        documents = {"": found}
+    if options.json is not None:
+        atomic_write_json(options.json, found)
+        print(f"written: {options.json}")
+    return 0 if all(one["verdict"]["fits"] for one in documents.values()) else 1
+
+
+def _plan(recipe: Recipe, devices: Devices, options: argparse.Namespace) -> dict[str, Any]:
+    """Plan one run, and print its table; the document of --json."""
     config = load_config(recipe.backbone)
     planned = plan(recipe, config, ranks=devices.ranks, device=devices.kind, nodes=devices.nodes)
     reserve = None if options.reserve is None else round(options.reserve * GIB)
     verdict = judge(planned, devices, reserve=reserve)
     changes = [] if verdict.fits else advice(recipe, config, planned, devices, reserve=reserve)
     print(plan_table(planned, verdict, changes, link=options.link))
-    if options.json is not None:
-        atomic_write_json(options.json, document(planned, verdict, changes, options.link))
-        print(f"written: {options.json}")
-    return 0 if verdict.fits else 1
+    return document(planned, verdict, changes, options.link)
 
 
 def document(planned: Plan, verdict: Verdict, changes: Sequence[Change], link: float) -> dict[str, Any]:
-    """What --json writes: bytes throughout, and seconds for `communication_seconds`."""
+    """What --json writes of a run: bytes throughout, and seconds for `communication_seconds`."""
     return {
         "plan": planned.to_dict(),
         "verdict": {

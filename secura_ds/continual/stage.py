@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from secura_ds.ranks import on_main
 from secura_ds.recipe import (
     DataRecipe,
     ElasticWeights,
+    Entry,
     ExperienceReplay,
     InterpolatedLora,
     Protection,
@@ -59,6 +61,13 @@ def stage_recipe(recipe: SequenceRecipe, sequence: Sequence, number: int, folder
     )
 
 
+def entry_recipes(recipe: SequenceRecipe, folder: Path) -> Iterator[tuple[Entry, Recipe]]:
+    """Each entry with the recipe of its first run: the others take as much."""
+    sequences = {sequence.entry.name: sequence for sequence in reversed(list(recipe.sequences()))}
+    for entry in recipe.entries:
+        yield entry, stage_recipe(recipe, sequences[entry.name], 0, folder)
+
+
 def check_entries(recipe: SequenceRecipe, folder: Path, *, sharded: bool) -> None:
     """Refuse an entry whose adapter does not fit the backbone, before hours go into those before it.
 
@@ -69,10 +78,9 @@ def check_entries(recipe: SequenceRecipe, folder: Path, *, sharded: bool) -> Non
         UserError: names the entry.
     """
     config = load_config(recipe.backbone)
-    for entry in recipe.entries:
-        sequence = next(s for s in recipe.sequences() if s.entry is entry)
+    for entry, first in entry_recipes(recipe, folder):
         try:
-            draw(stage_recipe(recipe, sequence, 0, folder), config, sharded=sharded)
+            draw(first, config, sharded=sharded)
         except UserError as error:
             raise UserError(f"entry {entry.name}: {error}") from error
         except Exception as error:

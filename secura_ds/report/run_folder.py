@@ -79,10 +79,11 @@ def read_run(path: Path) -> RunFolder:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path} is no folder: give the output_dir of a training run")
+        raise UserError(f"{path} is no folder: give the output_dir of a run or of task sequences")
     if not any((path / name).is_file() for name in RUN_MARKS):
         raise UserError(
-            f"{path} is no run folder (it has none of {', '.join(RUN_MARKS)}): give a run's output_dir"
+            f"{path} is no run folder (it has none of {', '.join(RUN_MARKS)}), nor one of task sequences "
+            "(continual.json): give the output_dir of either"
         )
     skipped: dict[str, int] = {}
     recipe = _read_document(path / "recipe.resolved.json")

@@ -65,6 +65,23 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
+def test_every_entry_of_task_sequences_is_planned(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = runpy.run_path(str(REPOSITORY / "launch" / "plan.py"), run_name="plan_command")["main"]
+    recipe, out = RECIPES / "continual" / "qwen2-7b-sixteen-tasks.json", tmp_path / "plan.json"
+    given = [str(recipe), "--gpus", "4", "--gpu-memory", "24", "--json", str(out)]
+    assert run_command(command, given) == 0
+    entries = [entry["name"] for entry in json.loads(recipe.read_text())["entries"]]
+    said = [
+        line.removeprefix("entry ")
+        for line in capfd.readouterr().out.splitlines()
+        if line.startswith("entry ")
+    ]
+    planned = json.loads(out.read_text())["entries"]
+    assert said == entries and list(planned) == entries
+    assert all(one["verdict"]["fits"] for one in planned.values())
+    assert run_command(command, [*given[:4], "2"]) == 1
+
+
 def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = runpy.run_path(str(REPOSITORY / "launch" / "plan.py"), run_name="plan_command")["main"]
     recipe = RECIPES / "qwen2-7b.json"
