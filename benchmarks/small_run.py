@@ -13,7 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 RECIPE: dict[str, Any] = {
     "name": "chaos",
     "backbone": {"model": "backbone", "dtype": "float32"},
-    "adapter": {"method": "secura", "cur_rank": 7, "inner_rank": 9, "strategy": "M1", "fold_every": 3},
+    "adapter": {
+        "method": "secura",
+        "selection": "least",
+        "cur_rank": 7,
+        "inner_rank": 9,
+        "strategy": "M1",
+        "fold_every": 3,
+    },
     "data": {"sources": [{"path": "rows.jsonl"}], "max_length": 64},
     "training": {
         "output_dir": "run",

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training_toys import toy_recipe, write_toy
+from training_toys import PAPER, toy_recipe, write_toy
 
 from secura_ds.recipe import SequenceRecipe, load_sequence_recipe
 
-SECURA = {"method": "secura", "cur_rank": 7, "inner_rank": 9}
+SECURA = PAPER | {"cur_rank": 7, "inner_rank": 9}
 CONTRAST = SECURA | {
     "strategy": "M1",
     "selection": "calibrated",
@@ -103,7 +103,7 @@ def sequence_recipe() -> dict[str, Any]:
         "entries": [
             {
                 "name": "secura",
-                "adapter": {"method": "secura", "cur_rank": 7, "inner_rank": 9},
+                "adapter": SECURA,
                 "learning_rates": [0.01],
             }
         ],

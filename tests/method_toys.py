@@ -8,10 +8,17 @@ from typing import Any
 TEXT = {"num_tokens": 480}
 # The toy's q_proj is (64, 64), its v_proj (32, 64), in two layers.
 ADAPTERS: dict[str, dict[str, Any]] = {
-    "secura": {"method": "secura", "cur_rank": 7, "inner_rank": 9, "smagnorm": {"apply": "forward"}},
-    "cabr": {"method": "cabr", "cur_rank": 7, "inner_rank": 9, "fold_every": 2, "strategy": "M1"},
+    "secura": {
+        "method": "secura", "cur_rank": 7, "inner_rank": 9, "selection": "least",
+        "smagnorm": {"apply": "forward"},
+    },
+    "cabr": {
+        "method": "cabr", "cur_rank": 7, "inner_rank": 9, "selection": "least",
+        "fold_every": 2, "strategy": "M1",
+    },
     "cabr-calibrated": {
-        "method": "cabr", "cur_rank": 7, "inner_rank": 9, "selection": "calibrated", "calibration": TEXT,
+        "method": "cabr", "cur_rank": 7, "inner_rank": 9, "selection": "calibrated",
+        "calibration": {"mode": "null", **TEXT},
     },
     "cur-lora": {"method": "cur-lora", "cur_rank": 7, "rank_pattern": {"v_proj": 5}},
     "lora": {"method": "lora", "rank": 3},

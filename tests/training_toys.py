@@ -25,6 +25,9 @@ ZERO: dict[str, Any] = {
     "steps_per_print": 1000000,
 }
 
+PAPER = {"method": "secura", "selection": "least", "calibration": {"mode": "null"}}
+"""SECURA as published; with `selection` `"calibrated"` what looks at inputs alone."""
+
 
 def write_toy(folder: Path, *, examples: int = 40) -> Path:
     """Backbone, data, DeepSpeed configurations and a recipe in `folder`; returns the recipe's path."""
@@ -47,7 +50,7 @@ def toy_recipe() -> dict[str, Any]:
     return {
         "name": "toy",
         "backbone": {"model": "backbone", "dtype": "float32"},
-        "adapter": {"method": "secura", "cur_rank": 7, "inner_rank": 9, "fold_every": 2},
+        "adapter": PAPER | {"cur_rank": 7, "inner_rank": 9, "fold_every": 2},
         "data": {"sources": [{"path": "rows.jsonl"}], "max_length": 64},
         "training": {
             "output_dir": "run",

@@ -59,7 +59,7 @@ class CalibrationText(Section):
 class Calibration(CalibrationText):
     """How `selection: "calibrated"` finds directions that general inputs do not excite."""
 
-    mode: Literal["null", "rows", "project", "whiten", "contrast"] = "null"
+    mode: Literal["null", "rows", "project", "whiten", "contrast"] = "contrast"
     """How the factors follow from second moments: of each layer's input, or in `contrast` of its output's
     gradient as well, and of general text against the task."""
     energy: Annotated[float, Field(gt=0, lt=1)] = 0.9
@@ -110,6 +110,14 @@ class AdapterTargets(Section):
     """Modules trained whole and stored with the adapter."""
 
 
+def _contrasts(given: dict[str, Any]) -> bool:
+    """Whether C and R are chosen in mode `contrast`; False while one of the settings is not valid."""
+    calibration = given.get("calibration")
+    return (
+        given.get("selection") == "calibrated" and calibration is not None and calibration.mode == "contrast"
+    )
+
+
 class CabrSettings(AdapterTargets):
     """What SECURA and CABR-LoRA share."""
 
@@ -119,12 +127,15 @@ class CabrSettings(AdapterTargets):
     """Inner dimension of the trained factors (m)."""
     scaling: PositiveFloat = 1.0
     """Factor of the update (s)."""
-    selection: Literal["least", "sampled", "calibrated"] = "least"
-    """How rows and columns are chosen."""
-    init: Literal["block", "orthogonal", "orthonormal"] = "block"
-    """First value of A."""
+    selection: Literal["least", "sampled", "calibrated"] = "calibrated"
+    """How the factors are chosen: by what inputs and gradients say, or the weight's rows and columns of least
+    norm (the paper's), or drawn (CURLoRA's)."""
     calibration: Calibration = Calibration()
     """Settings of `selection: "calibrated"`."""
+    init: Literal["block", "orthogonal", "orthonormal"] = Field(
+        default_factory=lambda given: "orthonormal" if _contrasts(given) else "block"
+    )
+    """First value of A; by default orthonormal with mode `contrast`, else the paper's block of W."""
     strategy: Literal["M1", "M2"] = "M2"
     """Fold into the weight (M1) or into the frozen core (M2)."""
     fold_every: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -137,7 +148,7 @@ class CabrSettings(AdapterTargets):
     @property
     def contrasts(self) -> bool:
         """Whether calibration takes C as well as R, and looks at the task."""
-        return self.selection == "calibrated" and self.calibration.mode == "contrast"
+        return _contrasts({"selection": self.selection, "calibration": self.calibration})
 
     @property
     def renews(self) -> bool:
@@ -150,8 +161,10 @@ class SecuraAdapter(CabrSettings):
 
     method: Literal["secura"] = "secura"
     """The adapter's method."""
-    smagnorm: SMagNorm = SMagNorm()
-    """Settings of S-MagNorm."""
+    smagnorm: SMagNorm = Field(
+        default_factory=lambda given: SMagNorm(apply="never" if _contrasts(given) else "merge")
+    )
+    """Settings of S-MagNorm; left out, it acts in the merge, but with mode `contrast` never."""
 
 
 class CabrAdapter(CabrSettings):

@@ -67,6 +67,15 @@ def describes_sequences(path: Path | str) -> bool:
     return "entries" in _read(Path(path))
 
 
+def _own_mistakes(error: ValidationError) -> list[ErrorDetails]:
+    """Without defaults that could not be chosen because of another mistake."""
+    return [
+        details
+        for details in error.errors(include_url=False)
+        if details["type"] != "default_factory_not_called"
+    ]
+
+
 def _load(kind: type[Document], path: Path, overrides: Sequence[str]) -> Document:
     values = _read(path)
     if ("entries" in values) != (kind is SequenceRecipe):
@@ -80,7 +89,7 @@ def _load(kind: type[Document], path: Path, overrides: Sequence[str]) -> Documen
     try:
         recipe = kind.model_validate(values, context={"folder": path.resolve().parent})
     except ValidationError as error:
-        problems += [_explain(details, changed, kind) for details in error.errors(include_url=False)]
+        problems += [_explain(details, changed, kind) for details in _own_mistakes(error)]
     if recipe is None or problems:
         raise UserError("\n".join(f"{problem} ({path})" for problem in problems))
     recipe._folder = path.resolve().parent
@@ -99,7 +108,7 @@ def changed(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
         result = Recipe.model_validate(values, context={"folder": recipe.folder})
     except ValidationError as error:
         names = [text.partition("=")[0].strip() for text in overrides]
-        problems += [_explain(details, names, Recipe) for details in error.errors(include_url=False)]
+        problems += [_explain(details, names, Recipe) for details in _own_mistakes(error)]
     if problems:
         raise UserError("\n".join(problems))
     result._folder = recipe.folder

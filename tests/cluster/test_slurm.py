@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from continual_toys import strategies, write_sequence_toy
+from continual_toys import SECURA, strategies, write_sequence_toy
 from slurm_cluster import Cluster, tail, why_not
 from training_toys import (
     REPOSITORY,
@@ -223,7 +223,7 @@ def test_preempted_task_sequences_are_those_that_were_not(
         entries=[
             {
                 "name": "secura",
-                "adapter": {"method": "secura", "cur_rank": 7, "inner_rank": 9},
+                "adapter": SECURA,
                 "strategy": strategies()["i-lora"],
                 "learning_rates": [0.01],
             }

@@ -12,7 +12,7 @@ import pytest
 import torch
 from continual_toys import strategies, write_sequence_toy
 from safetensors.torch import load_file
-from training_toys import free_port, quiet_environment
+from training_toys import PAPER, free_port, quiet_environment
 
 from secura_ds.continual import run_sequences
 from secura_ds.recipe import load_sequence_recipe
@@ -20,7 +20,7 @@ from secura_ds.recipe import load_sequence_recipe
 pytestmark = pytest.mark.long
 
 WORKER = Path(__file__).with_name("continual_worker.py")
-SECURA = {"method": "secura", "cur_rank": 7, "inner_rank": 9, "smagnorm": {"apply": "forward"}}
+SECURA = PAPER | {"cur_rank": 7, "inner_rank": 9, "smagnorm": {"apply": "forward"}}
 ENTRIES = [
     *({"name": k, "adapter": SECURA, "strategy": strategies()[k]} for k in ("ewc", "i-lora")),
     {"name": "folded", "adapter": SECURA | {"strategy": "M1", "fold_every": 2}, "strategy": {"kind": "seq"}},

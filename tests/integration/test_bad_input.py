@@ -16,7 +16,7 @@ import pytest
 import torch
 from fake_run import make_run
 from safetensors.torch import load_file, save_file
-from training_toys import toy_recipe, write_toy
+from training_toys import PAPER, toy_recipe, write_toy
 from transformers import LlamaForCausalLM
 
 from secura_ds import files
@@ -231,12 +231,11 @@ def test_an_adapter_on_a_tied_head(
     _assert_free_for_a_new_run(tmp_path / "run")
 
 
-@pytest.mark.parametrize("ranks", [{"cur_rank": 7, "inner_rank": 9}, {"rank": 3}], ids=["secura", "lora"])
+@pytest.mark.parametrize("method", [PAPER | {"cur_rank": 7, "inner_rank": 9}, {"method": "lora", "rank": 3}])
 def test_an_adapter_on_an_untied_head(
-    recipe: Callable[..., Path], refused: Run, tmp_path: Path, ranks: dict[str, int]
+    recipe: Callable[..., Path], refused: Run, tmp_path: Path, method: dict[str, Any]
 ) -> None:
-    method = "lora" if "rank" in ranks else "secura"
-    path = recipe(adapter={"method": method, "target_modules": ["q_proj", "lm_head"], **ranks})
+    path = recipe(adapter=method | {"target_modules": ["q_proj", "lm_head"]})
     message = refused("train", path)
     assert "head lm_head" in message and "adapter.modules_to_save" in message and "\n" not in message
     _assert_free_for_a_new_run(tmp_path / "run")

@@ -123,8 +123,9 @@ def test_a_method_and_a_strategy_that_do_not_combine(
     "adapter",
     [
         {"method": "lora"},
-        {"method": "secura", "strategy": "M1"},
-        {"method": "secura", "selection": "calibrated", "calibration": {"mode": "contrast"}},
+        {"method": "secura", "strategy": "M1", "selection": "least"},
+        {"method": "secura", "strategy": "M1", "calibration": {"mode": "null"}},
+        {"method": "secura"},
     ],
 )
 def test_protection_needs_factors_for_each_task(adapter: dict[str, Any], path: Path, tmp_path: Path) -> None:

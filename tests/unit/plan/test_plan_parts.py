@@ -14,7 +14,13 @@ from transformers import LlamaConfig, PreTrainedConfig
 from secura_ds.plan import Plan, plan
 from secura_ds.recipe import Recipe, load_recipe
 
-SECURA = {"method": "secura", "cur_rank": 8, "inner_rank": 12, "target_modules": ["q_proj", "v_proj"]}
+SECURA = {
+    "method": "secura",
+    "selection": "least",
+    "cur_rank": 8,
+    "inner_rank": 12,
+    "target_modules": ["q_proj", "v_proj"],
+}
 LORA = {"method": "lora", "rank": 4, "target_modules": ["q_proj", "v_proj"]}
 # Elements of each weight: embedding and head, then of a layer q, k, v, o, gate, up, down and two norms.
 HEADS, LAYER, NORM = 260 * 64, (4096, 2048, 2048, 4096, 6144, 6144, 6144, 64, 64), 64

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
 
 from secura_ds.evaluation.choice import read_questions
 from secura_ds.recipe import load_sequence_recipe
-from secura_ds.recipe.adapter import AnyMethod
+from secura_ds.recipe.adapter import AnyMethod, SecuraAdapter
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -29,15 +29,22 @@ def test_the_comparison_in_the_documentation_is_a_recipe(tmp_path: Path) -> None
     assert len(list(recipe.sequences())) == 2 * 3 * 3 * 3
 
 
-def test_the_setting_in_the_documentation_is_that_of_the_recipes() -> None:
-    text = (REPOSITORY / "recipes" / "README.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r'^ {4}(\{"method": "secura", "cur_rank".*?\}\})$', text, flags=re.DOTALL | re.M)
-    setting = TypeAdapter(AnyMethod).validate_python(json.loads(shown)).model_dump(mode="json")
+def test_secura_without_settings_is_what_the_studies_found_best() -> None:
+    bare = TypeAdapter(AnyMethod).validate_python({"method": "secura"}).model_dump(mode="json")
     recipe = load_sequence_recipe(REPOSITORY / "recipes" / "continual" / "smollm2-frontier.json")
     studied = recipe.entries[0].adapter.model_dump(mode="json")
-    studied["calibration"]["num_tokens"] = setting["calibration"]["num_tokens"]
-    studied["target_modules"] = setting["target_modules"]
-    assert setting == studied
+    studied["calibration"]["num_tokens"] = bare["calibration"]["num_tokens"]
+    studied["target_modules"] = bare["target_modules"]
+    assert bare == studied
+
+
+@pytest.mark.parametrize(
+    "given", [{"selection": "least"}, {"selection": "sampled"}, {"calibration": {"mode": "null"}}]
+)
+def test_secura_with_another_selection_starts_as_published(given: dict[str, Any]) -> None:
+    adapter = TypeAdapter(AnyMethod).validate_python({"method": "secura", **given})
+    assert isinstance(adapter, SecuraAdapter)
+    assert (adapter.init, adapter.smagnorm.apply) == ("block", "merge")
 
 
 def test_the_question_in_the_documentation_is_one(tmp_path: Path) -> None:

@@ -178,6 +178,8 @@ def test_settings_without_effect_are_warned_of(recipe: Path, caplog: pytest.LogC
         load_recipe(
             recipe,
             [
+                "adapter.selection=least",
+                'adapter.calibration.mode="null"',
                 "adapter.smagnorm.apply=never",
                 "adapter.smagnorm.steepness=4",
                 "adapter.calibration.energy=0.5",
