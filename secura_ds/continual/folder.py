@@ -48,9 +48,9 @@ def check(recipe: SequenceRecipe, folder: Path, *, resume: bool, overwrite: bool
             f"output_dir {folder} already holds task sequences: --resume continues them, --overwrite deletes "
             "them and starts anew"
         )
-    there = _check_same_recipe(folder / RECIPE, _resolved(recipe, folder))
+    _check_same_recipe(folder / RECIPE, _resolved(recipe, folder))
     for sequence in recipe.sequences():
-        _check_same_sequence(sequence, folder, there)
+        _check_same_sequence(sequence, folder)
 
 
 def open_folder(recipe: SequenceRecipe, folder: Path, *, overwrite: bool, alone: bool = True) -> None:
@@ -72,7 +72,8 @@ def open_folder(recipe: SequenceRecipe, folder: Path, *, overwrite: bool, alone:
 
 def open_sequence(sequence: Sequence, folder: Path) -> None:
     """Write down what a sequence of the folder is. Main process only."""
-    atomic_write_json(sequence_folder(folder, sequence) / SEQUENCE, _described(sequence))
+    described = _described(sequence) | {"folder": str(folder)}
+    atomic_write_json(sequence_folder(folder, sequence) / SEQUENCE, described)
 
 
 def _remove_left_overs(folder: Path) -> None:
@@ -87,8 +88,7 @@ def _resolved(recipe: SequenceRecipe, folder: Path) -> dict[str, Any]:
     return recipe.resolved() | {"output_dir": str(folder)}
 
 
-def _check_same_recipe(earlier: Path, settings: dict[str, Any]) -> str | None:
-    """Refuse another recipe than the folder's; returns where the folder was when that was written down."""
+def _check_same_recipe(earlier: Path, settings: dict[str, Any]) -> None:
     try:
         before = _without_places(dict(json.loads(earlier.read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -99,17 +99,16 @@ def _check_same_recipe(earlier: Path, settings: dict[str, Any]) -> str | None:
     for key, old, new in _conflicts(before, _without_places(settings)):
         if not same_setting(old, new, there, here):
             raise _another(key, old, new, earlier.parent)
-    return there
 
 
-def _check_same_sequence(sequence: Sequence, folder: Path, there: str | None) -> None:
+def _check_same_sequence(sequence: Sequence, folder: Path) -> None:
     try:
         earlier = (sequence_folder(folder, sequence) / SEQUENCE).read_text(encoding="utf-8")
         before = dict(json.loads(earlier))
     except (OSError, ValueError, TypeError):
         return  # not begun
     for key, new in _described(sequence).items():
-        if not same_setting(before.get(key), new, there, str(folder)):
+        if not same_setting(before.get(key), new, before.get("folder"), str(folder)):
             what = "orders" if key == "order" else f"entry {sequence.entry.name}: {key}"
             raise _another(what, before.get(key), new, folder)
 

@@ -5,7 +5,7 @@ tasks/<task>.train.jsonl, .validation.jsonl, .held-out.jsonl     what is learnt 
 probes/<probe>                                                   a copy of each probe's file
 calibration/                                                     its text and factors, shared by sequences
 before.json                                                      the untouched backbone
-sequences/<label>/sequence.json                                  its adapter, strategy and order of tasks
+sequences/<label>/sequence.json                                  what it is, and where it began
 sequences/<label>/stages/01-<task>/                              a run folder of each task
 sequences/<label>/scores/01-<task>.json                          what was measured after it
 sequences/<label>/strategy/01-<task>.buffer.jsonl, .safetensors  what the strategy carries on

@@ -138,7 +138,7 @@ def _shown(scores: dict[str, Any], before: dict[str, Any] | None = None) -> dict
 
 
 def _known(value: float | None) -> float | None:
-    """A number, unless training has ended where there is none."""
+    """The number; None for one that is not finite or beyond `LARGEST`."""
     return value if value is not None and abs(value) <= LARGEST else None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from continual_toys import load, results, sequence_recipe, write_sequence_toy
-from training_toys import write_toy
+from training_toys import PAPER, write_toy
 
 from secura_ds.continual import SequencesSummary, run_sequences
 from secura_ds.continual import measure as measuring
@@ -142,6 +142,21 @@ def test_an_entry_that_comes_back_changed_is_noticed(moved: Path) -> None:
     (moved / "sequences.json").write_text(json.dumps(values | {"entries": [other, larger]}))
     with pytest.raises(UserError, match=r'--resume: entry lora: adapter is .*"rank": 4.* were started with'):
         run_sequences(load(moved), resume=True)
+
+
+def test_files_of_an_entry_may_move_with_the_folder_more_than_once(tmp_path: Path) -> None:
+    adapter = PAPER | {"cur_rank": 5, "inner_rank": 6, "selection": "calibrated"}
+    adapter["calibration"] = {"mode": "null", "text": "own.txt", "num_tokens": 160}
+    first = tmp_path / "a"
+    write_sequence_toy(first, entries=[ENTRY | {"adapter": adapter}], tasks=["sums", "sizes"])
+    (first / "own.txt").write_text("the cat sat on the mat and then it left again. " * 30)
+    assert run_sequences(load(first)).finished == 1
+    for old, new in (("a", "b"), ("b", "c")):
+        (tmp_path / old).rename(tmp_path / new)
+        assert run_sequences(load(tmp_path / new), resume=True).finished == 1
+    (tmp_path / "c" / "other.txt").write_text("another text altogether. " * 30)
+    with pytest.raises(UserError, match=r"--resume: entry lora: adapter is .*other\.txt.* started with"):
+        run_sequences(load(tmp_path / "c", 'entries.0.adapter.calibration.text="other.txt"'), resume=True)
 
 
 def test_another_order_in_the_place_of_one_is_noticed(moved: Path) -> None:
