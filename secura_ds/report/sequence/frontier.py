@@ -29,7 +29,8 @@ def frontier_plots(entries: Sequence[Entry], folder: Path | None) -> list[Plot]:
     """Single tasks: task loss against each cost. Sequences: mean gain against each measure of keeping."""
     plots = []
     for single in (True, False):
-        group = [entry for entry in entries if entry.single is single and entry.finished]
+        ended = [entry for entry in entries if entry.single is single and entry.finished]
+        group = [entry for entry in ended if _has_learnt(entry)] or ended
         learnt = (measures.TASK_LOSS, measures.FINAL_GAIN) if single else (
             measures.PLASTICITY, measures.LOSS_LEARNT)  # fmt: skip
         across = _first(group, learnt)
@@ -40,15 +41,29 @@ def frontier_plots(entries: Sequence[Entry], folder: Path | None) -> list[Plot]:
         for cost in costs:
             if cost is not None and any(cost.of(entry) and across.of(entry) for entry in group):
                 prefix = "rates" if single else "frontier"
-                plots.append(_plot(group, across, cost, prefix, folder))
+                left_out = [entry.label for entry in ended if entry not in group]
+                plots.append(_plot(group, across, cost, prefix, folder, left_out))
     return plots
+
+
+def _has_learnt(entry: Entry) -> bool:
+    """Whether tasks cost less once they are learnt; what has exploded would set the scale of all."""
+    change = entry.summary("task_loss_change_learnt")
+    return change is None or change.value <= 0
 
 
 def _first(group: Sequence[Entry], choices: Sequence[Measure]) -> Measure | None:
     return next((measure for measure in choices if any(measure.of(entry) for entry in group)), None)
 
 
-def _plot(group: Sequence[Entry], across: Measure, along: Measure, prefix: str, folder: Path | None) -> Plot:
+def _plot(
+    group: Sequence[Entry],
+    across: Measure,
+    along: Measure,
+    prefix: str,
+    folder: Path | None,
+    left_out: Sequence[str],
+) -> Plot:
     found = _with_both(lines(group), across, along)
 
     def draw(figure: Figure, theme: Theme) -> None:
@@ -76,7 +91,8 @@ def _plot(group: Sequence[Entry], across: Measure, along: Measure, prefix: str, 
         title=f"{along.title[:1].upper()}{along.title[1:]}, against {across.title}",
         alt=alt,
         note="Bars are one standard error. "
-        + ("Each line runs through the learning rates of one method." if several else ""),
+        + ("Each line runs through the learning rates of one method. " if several else "")
+        + (f"Not drawn, as they have learnt nothing: {', '.join(left_out)}." if left_out else ""),
         size=WIDE,
         folder=folder,
     )

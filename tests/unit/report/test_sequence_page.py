@@ -17,7 +17,7 @@ from secura_ds.report import write_report
 from secura_ds.report.sequence.curves import sequence_curves
 from secura_ds.report.sequence.entries import entries, parts
 from secura_ds.report.sequence.folder import read_results
-from secura_ds.report.sequence.frontier import _set_scale
+from secura_ds.report.sequence.frontier import _set_scale, frontier_plots
 from secura_ds.report.sequence.heatmaps import heat_maps
 from secura_ds.report.sequence.measures import INTRANSIGENCE, TASK_LOSS
 from secura_ds.report.sequence.page import render_sequences
@@ -166,6 +166,26 @@ def test_small_and_large_studies_are_drawn(tmp_path: Path, tasks: int, entries: 
     assert len(maps) == (0 if tasks == 1 else entries * orders)
     assert ("4 more orders" in page.text) == (orders == 3)
     assert "Take it as a lead, not a result" in page.text or orders == 3
+
+
+def test_what_has_exploded_does_not_set_the_scale(tmp_path: Path) -> None:
+    folder = make_frontier(tmp_path / "r", methods=2, rates=(1e-3, 1e-4))
+    document = json.loads((folder / "continual.json").read_text(encoding="utf-8"))
+    exploded = document["sequences"][-1]
+    for fields in exploded["stages"][0]["tasks"].values():
+        fields["loss"] = 30.0
+    (folder / "continual.json").write_text(json.dumps(document), encoding="utf-8")
+    (plot,) = [
+        plot
+        for part in parts(entries([read_results(folder)]))
+        for plot in frontier_plots(part.entries, None)
+        if plot.name == "rates-text-loss-change"
+    ]
+    assert (
+        f"they have learnt nothing: {exploded['entry']}." in plot.note and exploded["entry"] not in plot.alt
+    )
+    other = document["sequences"][0]["entry"]
+    assert other in plot.alt and other not in plot.note
 
 
 def test_what_has_not_begun_is_in_no_plot(tmp_path: Path) -> None:
