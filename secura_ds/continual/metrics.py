@@ -295,6 +295,7 @@ def sequence_metrics(
         "task_loss": average_score(losses),
         "task_loss_change_learnt": plasticity(losses),
         "task_loss_change": final_gain(losses),
+        "task_loss_forgotten": backward_transfer(losses),
     }
     by_probe = {str(p["name"]): _probe_metrics(before, stages[-1], p) for p in probes}
     kinds = {str(p["name"]): p["kind"] for p in probes}

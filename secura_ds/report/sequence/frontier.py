@@ -37,7 +37,7 @@ def frontier_plots(entries: Sequence[Entry], folder: Path | None) -> list[Plot]:
         if across is None:
             continue
         costs = [_first(group, KEPT), measures.TEXT_LOSS]
-        costs += [] if single else [measures.FORGETTING_DIAGONAL]
+        costs += [] if single else [_first(group, (measures.FORGETTING_DIAGONAL, measures.LOSS_FORGOTTEN))]
         for cost in costs:
             if cost is not None and any(cost.of(entry) and across.of(entry) for entry in group):
                 prefix = "rates" if single else "frontier"

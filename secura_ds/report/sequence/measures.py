@@ -69,6 +69,7 @@ FORGETTING_DIAGONAL = Measure(("forgetting_diagonal",), "forgetting of tasks", "
 INTRANSIGENCE = Measure(("intransigence",), "intransigence", "points", -1)
 TASK_LOSS = Measure(("task_loss",), "mean task loss at the end", "nats", -1)
 LOSS_LEARNT = Measure(("task_loss_change_learnt",), "task loss, change right after training", "nats", -1)
+LOSS_FORGOTTEN = Measure(("task_loss_forgotten",), "task loss, rise since learnt", "nats", -1)
 RETENTION = Measure(("retention",), "knowledge kept above chance", "share", 1)
 KNOWLEDGE = Measure(("knowledge_change",), "change of knowledge", "points", 1)
 TEXT_LOSS = Measure(("text_loss_change",), "change of general-text loss", "nats", -1)

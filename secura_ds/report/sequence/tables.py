@@ -26,6 +26,11 @@ LEARNING = (
     (measures.INTRANSIGENCE, "Intransigence"),
     (measures.TASK_LOSS, "Task loss at the end"),
 )
+LEARNING_BY_LOSS = (
+    (measures.LOSS_LEARNT, "Task loss, change when learnt"),
+    (measures.LOSS_FORGOTTEN, "Rise since learnt"),
+    (measures.TASK_LOSS, "Task loss at the end"),
+)
 LEARNING_OF_ONE = (
     (measures.AVERAGE, "Score"),
     (measures.PLASTICITY, "Gain"),
@@ -41,8 +46,10 @@ KEEPING = (
 
 def learning_table(entries: Sequence[Entry]) -> Table:
     """What was learnt, transferred and forgotten among the tasks; columns that no entry has are left out."""
-    single = all(entry.single for entry in entries)
-    return _measure_table(entries, LEARNING_OF_ONE if single else LEARNING)
+    if all(entry.single for entry in entries):
+        return _measure_table(entries, LEARNING_OF_ONE)
+    scored = any(measures.AVERAGE.of(entry) for entry in entries)
+    return _measure_table(entries, LEARNING if scored else LEARNING_BY_LOSS)
 
 
 def keeping_table(entries: Sequence[Entry]) -> Table:

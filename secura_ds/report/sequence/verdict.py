@@ -11,6 +11,7 @@ from secura_ds.report.sequence.matched import matched
 from secura_ds.report.sequence.measures import (
     FORGETTING_DIAGONAL,
     KNOWLEDGE,
+    LOSS_FORGOTTEN,
     LOSS_LEARNT,
     PLASTICITY,
     RETENTION,
@@ -35,7 +36,7 @@ def findings(entries: Sequence[Entry]) -> list[Finding]:
     result = []
     for merit, choices in (
         ("learnt most", (PLASTICITY, LOSS_LEARNT)),
-        ("forgot least of its own tasks", (FORGETTING_DIAGONAL,)),
+        ("forgot least of its own tasks", (FORGETTING_DIAGONAL, LOSS_FORGOTTEN)),
         ("kept most of what the backbone knew", (RETENTION, KNOWLEDGE)),
         ("lost least on general text", (TEXT_LOSS,)),
     ):

@@ -226,6 +226,14 @@ def measured(orders: float, german: float | None, facts: float, general: float) 
     }
 
 
+def test_forgetting_of_losses_is_their_rise_since_learnt() -> None:
+    before = measured(0.1, 5.0, 0.85, 2.5)
+    stages = [measured(0.2, 30.0, 0.75, 2.6), measured(0.9, 25.0, 0.55, 2.9)]
+    stages[0]["tasks"]["german"]["loss"], stages[1]["tasks"]["german"]["loss"] = 1.25, 1.5
+    found = metrics.sequence_metrics(before, stages, TASKS, PROBES, ["german", "orders"])
+    assert found["task_loss_forgotten"]["value"] == pytest.approx(0.25)
+
+
 def test_the_section_of_a_sequence() -> None:
     before = measured(0.1, 5.0, 0.85, 2.5)
     stages = [measured(0.2, 30.0, 0.75, 2.6), measured(0.9, 25.0, 0.55, 2.9)]
@@ -244,6 +252,7 @@ def test_the_section_of_a_sequence() -> None:
             "task_loss": 2.0,
             "task_loss_change_learnt": 0.0,
             "task_loss_change": 0.0,
+            "task_loss_forgotten": 0.0,
             "retention": 0.5,
             "knowledge_change": -0.3,
             "text_loss_change": 0.4,

@@ -238,6 +238,9 @@ def test_losses_stand_in_for_scores_that_nobody_asked_for(tmp_path: Path) -> Non
     page = Page(write_report([folder]))
     assert "lora learnt most: task loss, change right after training −" in page.text
     assert "Each task before training" not in page.text
+    assert "secura forgot least of its own tasks: task loss, rise since learnt +" in page.text
+    assert "Rise since learnt, nats" in page.text and "Score at the end" not in page.text
+    assert "frontier-task-loss-forgotten" in pngs(folder / "plots")
     assert any("Heat map of secura" in alt and "orders: 2.600 before" in alt
                for alt in page.attributes("img", "alt"))  # fmt: skip
 
