@@ -10,8 +10,11 @@ import pytest
 from continual_toys import sequence_recipe, write_sequence_toy
 from training_toys import write_toy
 
+from secura_ds.backbones import load_config
 from secura_ds.continual import run_sequences
+from secura_ds.continual.stage import entry_recipes
 from secura_ds.errors import UserError
+from secura_ds.plan.blueprint import draw
 from secura_ds.recipe import (
     SequenceRecipe,
     describes_sequences,
@@ -207,3 +210,14 @@ def test_shipped_recipes_load(shipped: Path) -> None:
     recipe = load_sequence_recipe(shipped)
     assert recipe.name == shipped.stem and recipe.description
     assert recipe.output_dir == f"runs/{recipe.name}"
+
+
+@pytest.mark.parametrize("shipped", SHIPPED, ids=lambda path: path.stem)
+def test_entries_of_a_comparison_train_as_much_within_ten_percent(shipped: Path, tmp_path: Path) -> None:
+    recipe = load_sequence_recipe(shipped)
+    config = load_config(recipe.backbone)
+    trained = {}
+    for entry, first in entry_recipes(recipe, tmp_path):
+        parameters = draw(first, config, sharded=False).parameters()
+        trained[entry.name] = sum(p.numel() for p in parameters if p.requires_grad)
+    assert max(trained.values()) <= 1.1 * min(trained.values()), trained
