@@ -39,7 +39,11 @@ def choose_factors(
     check_ranks(base, layer_name, cur_rank, inner_rank, config)
     weight = sharding.dequantized(base)
     try:
-        if config.selection == "sampled":
+        if config.contrasts:  # neither is made of W; the largest column tells best which W it was
+            columns = torch.argsort(cur.squared_norms(weight)[1], descending=True, stable=True)
+            columns = columns[:cur_rank].clone()
+            rows = columns
+        elif config.selection == "sampled":
             rows, columns = cur.sampled(weight, cur_rank, seed=config.seed)
         else:
             rows, columns = cur.least_important(weight, cur_rank)

@@ -32,8 +32,10 @@ def fingerprint_error(weight: Tensor, piece: Tensor, columns: Tensor) -> float:
     """
     expected = piece.to(weight.device, torch.float32)
     found = weight[:, columns[: piece.shape[1]].to(weight.device)].float()
-    norm = torch.linalg.vector_norm(expected)
-    return float(torch.linalg.vector_norm(found - expected) / norm) if norm > 0 else float("inf")
+    norm, error = torch.linalg.vector_norm(expected), torch.linalg.vector_norm(found - expected)
+    if norm == 0:
+        return 0.0 if error == 0 else float("inf")
+    return float(error / norm)
 
 
 def refuse_foreign_base(

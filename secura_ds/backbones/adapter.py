@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 from typing import Any
 
 from peft import LoraConfig, OSFConfig, PeftConfig, PeftModel
 from peft.tuners.lora.config import CordaConfig
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from secura_ds import sharding
 from secura_ds.adapter import SecuraConfig
 from secura_ds.backbones.family import check_targets
 from secura_ds.calibration import linear_targets
-from secura_ds.errors import UserError
+from secura_ds.errors import UserError, shown
 from secura_ds.recipe import (
     WEIGHT_USES,
+    Adapter,
     CabrSettings,
     CordaAdapter,
     CurLoraAdapter,
@@ -107,6 +113,52 @@ def train_weights(model: PreTrainedModel, adapter: FullTraining) -> None:
     names = LoraConfig(target_modules=targets, exclude_modules=adapter.exclude_modules)
     for layer in linear_targets(model, names).values():
         layer.requires_grad_(True)
+
+
+def refuse_unmatched(model: nn.Module, adapter: Adapter) -> None:
+    """Refuse a name that matches no module, which PEFT passes over: not what was meant would be trained.
+
+    Args:
+        model: the backbone, without an adapter.
+
+    Raises:
+        UserError: names the setting, and the nearest modules.
+    """
+    modules = [name for name, _ in model.named_modules() if name]
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "inner_rank_pattern"):
+        value = getattr(adapter, key, None)
+        for entry in value if isinstance(value, list | dict) else ():
+            if not any(_matches(key, entry, name) for name in modules):
+                near = difflib.get_close_matches(entry, {name.rpartition(".")[2] for name in modules}, n=3)
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                raise UserError(
+                    f"adapter.{key} has {shown(json.dumps(entry))}, which matches no module of the "
+                    f"backbone{hint}"
+                )
+
+
+def _matches(key: str, entry: str, module: str) -> bool:
+    """As PEFT compares a setting's entry with a module's name."""
+    if key.endswith("pattern"):
+        return bool(get_pattern_key([entry], module) == entry)
+    return module.endswith(entry if key == "modules_to_save" else f".{entry}") or module == entry
+
+
+def refuse_packed_training(model: nn.Module) -> None:
+    """Refuse a module in 4 bits that is to be trained whole: packed bytes get no gradient.
+
+    Raises:
+        UserError: names it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and any(
+            sharding.is_quantized(inner) for inner in module.original_module.modules()
+        ):
+            place = name.removeprefix("base_model.model.")
+            raise UserError(
+                f"adapter.modules_to_save matches {place}, which is in 4 bits and cannot be trained whole: "
+                "leave it out, or set backbone.quantization null"
+            )
 
 
 def refuse_stage(recipe: Recipe, stage: int) -> None:

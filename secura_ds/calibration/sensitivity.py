@@ -67,8 +67,12 @@ def example_batches(rows: Sequence[Mapping[str, Any]], num_tokens: float = math.
     for row in rows:
         if held >= num_tokens:
             break
-        chosen.append((list(row["input_ids"]), list(row["labels"])))
-        held += len(chosen[-1][0])
+        tokens, labels = list(row["input_ids"]), list(row["labels"])
+        held += len(tokens)
+        # A packed row holds several examples, each of which is learnt by itself.
+        for length in row.get("seq_lengths") or [len(tokens)]:
+            chosen.append((tokens[:length], labels[:length]))
+            tokens, labels = tokens[length:], labels[length:]
     if not any(label != IGNORED for _, labels in chosen for label in labels[1:]):
         raise UserError(
             "calibration.mode is 'contrast', but the training examples have no token that is learnt"

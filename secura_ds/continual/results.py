@@ -103,6 +103,12 @@ def diverged_mark(folder: Path, sequence: Sequence) -> Path:
     return sequence_folder(folder, sequence) / "diverged.json"
 
 
+def mark_diverged(folder: Path, sequence: Sequence, reason: str) -> None:
+    """Write down why a sequence ended, once. Main process."""
+    if not diverged_mark(folder, sequence).is_file():
+        atomic_write_json(diverged_mark(folder, sequence), {"reason": reason})
+
+
 def _stage(task: str, place: StagePlaces, before: dict[str, Any]) -> dict[str, Any]:
     scores, run = _read(place.scores), _read(place.run / "run.json")
     return {

@@ -15,7 +15,7 @@ from secura_ds.continual import folder as folders
 from secura_ds.continual.material import gather_material, write_material
 from secura_ds.continual.measure import measure
 from secura_ds.continual.places import StagePlaces, shared_calibration, stage_places
-from secura_ds.continual.results import diverged_mark, write_results
+from secura_ds.continual.results import diverged_mark, mark_diverged, write_results
 from secura_ds.continual.stage import (
     carry_on,
     check_entries,
@@ -24,7 +24,7 @@ from secura_ds.continual.stage import (
     stage_recipe,
 )
 from secura_ds.errors import Diverged, UserError
-from secura_ds.files import atomic_write_json, remove_folder
+from secura_ds.files import remove_folder
 from secura_ds.ranks import on_main
 from secura_ds.recipe import Sequence, SequenceRecipe
 from secura_ds.tasks import Task, load_tasks
@@ -105,7 +105,7 @@ def run_sequences(
             finished += signal is None
         except Diverged as error:
             logger.warning("%s: %s", sequence.label, error)
-            on_main(partial(atomic_write_json, diverged_mark(folder, sequence), {"reason": str(error)}))
+            on_main(partial(mark_diverged, folder, sequence, str(error)))
             diverged += 1
         on_main(lambda: write_results(recipe, tasks, folder))
     return SequencesSummary(len(sequences), finished, diverged, signal)
@@ -148,7 +148,7 @@ def _run_sequence(
     places = [stage_places(folder, sequence, number) for number in range(len(sequence.order))]
     on_main(lambda: folders.open_sequence(sequence, folder))
     if on_main(diverged_mark(folder, sequence).is_file):
-        raise Diverged("it has diverged before")
+        raise Diverged("has diverged before, diverged.json says how")
     for number, place in enumerate(places):
         if on_main(place.finished):
             continue

@@ -20,7 +20,12 @@ from secura_ds.adapter import SecuraConfig
 from secura_ds.adapter.corda import is_corda
 from secura_ds.adapter.osf import prepare_osf
 from secura_ds.backbones import choose_attention, empty_model, quantization_config, replace_linear
-from secura_ds.backbones.adapter import adapter_config, train_weights
+from secura_ds.backbones.adapter import (
+    adapter_config,
+    refuse_packed_training,
+    refuse_unmatched,
+    train_weights,
+)
 from secura_ds.errors import UserError
 from secura_ds.recipe import FullTraining, Recipe
 
@@ -47,6 +52,7 @@ def draw(recipe: Recipe, config: PreTrainedConfig, *, sharded: bool) -> PeftMode
     if recipe.backbone.quantization is not None:
         replace_linear(model, quantization_config(recipe.backbone))
     model.to("meta").requires_grad_(False)
+    refuse_unmatched(model, recipe.adapter)
     with torch.device("meta"):
         if recipe.backbone.quantization is not None:
             _pack(model, dtype, nested=recipe.backbone.quantization.double_quantization)
@@ -77,6 +83,7 @@ def _with_method(model: PreTrainedModel, recipe: Recipe, *, autocast: bool) -> P
         adapted = get_peft_model(model, wanted, autocast_adapter_dtype=autocast)
     except ValueError as error:
         raise UserError(f"adapter.target_modules: {' '.join(str(error).split())}") from error
+    refuse_packed_training(adapted)
     if isinstance(wanted, OSFConfig):
         prepare_osf(adapted)
     return adapted

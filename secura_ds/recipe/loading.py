@@ -246,3 +246,5 @@ def _without_effect(adapter: Adapter, where: str) -> Iterator[str]:
         yield f'{where}.calibration has no effect with selection "{adapter.selection}"'
     if adapter.calibration.mode != "project" and adapter.calibration.energy != Calibration().energy:
         yield f'{where}.calibration.energy has no effect with mode "{adapter.calibration.mode}"'
+    if adapter.calibration.mode != "contrast" and adapter.calibration.floor != Calibration().floor:
+        yield f'{where}.calibration.floor has no effect with mode "{adapter.calibration.mode}"'

@@ -39,8 +39,9 @@ def whole_of_part(parameter: Parameter, part: Tensor) -> Tensor:
     """The whole tensor, on the CPU, of which every rank has a part cut as `parameter` is. Collective."""
     if not is_sharded(parameter):
         return part.detach().to("cpu", copy=True)
+    part = part.contiguous().to(parameter.device)  # offloaded parts lie where ranks cannot exchange them
     parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, part.contiguous())
+    torch.distributed.all_gather(parts, part)
     shape = full_shape(parameter)
     return torch.cat(parts)[: shape.numel()].view(shape).cpu()
 

@@ -16,7 +16,12 @@ from transformers.trainer_utils import set_seed
 from secura_ds.adapter import SecuraConfig
 from secura_ds.adapter.corda import Start, is_corda, keep_starts, offer_starts, read_starts
 from secura_ds.adapter.osf import prepare_osf
-from secura_ds.backbones.adapter import adapter_config, train_weights
+from secura_ds.backbones.adapter import (
+    adapter_config,
+    refuse_packed_training,
+    refuse_unmatched,
+    train_weights,
+)
 from secura_ds.calibration import (
     Calibration,
     calibrate,
@@ -59,6 +64,7 @@ def put_method(
     Raises:
         UserError: anything in `adapter` that does not fit the backbone.
     """
+    refuse_unmatched(model, recipe.adapter)
     config = adapter_config(recipe, model.config)
     if config is None:
         assert isinstance(recipe.adapter, FullTraining)
@@ -83,6 +89,7 @@ def put_method(
     # The adapter's random numbers must not depend on how many calibration drew.
     set_seed(recipe.training.seed)
     adapted = _put_adapter(model, config, autocast=autocast)
+    refuse_packed_training(adapted)
     drop_factors(adapted)
     keep_starts(adapted, starts)
     if isinstance(config, OSFConfig):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from torch import nn
@@ -66,7 +67,7 @@ class RunSummary:
 
     `seconds` are all that led to the adapter: those before an interruption, too, and those of a calibration
     that another run has done for this one, but none of a sequence's measuring. `peak_memory_bytes` is the
-    fullest rank's in this process, `tokens` all ranks'.
+    fullest rank's, up to the last step, in this process; `tokens` are all ranks'.
     """
 
     status: str
@@ -147,6 +148,7 @@ def _train(
     agreement = _add_callbacks(trainer, recipe, folder, signals)
     with signals.watched(), _released_if_diverged(trainer):
         _run(trainer, found)
+        peak = max(from_all(peak_memory()))
         merged = None
         if _status(agreement) == "finished":
             stage.strategy.finish(trainer)
@@ -158,7 +160,7 @@ def _train(
             status=_status(agreement),
             steps=trainer.state.global_step,
             seconds=seconds,
-            peak_memory_bytes=max(from_all(peak_memory())),
+            peak_memory_bytes=peak,
             planned_memory_bytes=planned.needed_bytes if planned is not None else None,
             trainable_parameters=_count(trainer.model),
             tokens=int(trainer.total_tokens),
@@ -168,7 +170,7 @@ def _train(
         on_main(lambda: atomic_write_json(folder / "run.json", asdict(summary)))
     release(trainer.model, trainer.optimizer)
     if summary.status == "stopped":
-        raise Diverged(on_main(lambda: _not_finite(trainer, recipe)))
+        raise Diverged(on_main(lambda: _not_finite(trainer, recipe, agreement.not_finite)))
     return summary
 
 
@@ -180,6 +182,12 @@ def _released_if_diverged(trainer: Trainer) -> Iterator[None]:
     except Diverged:
         release(trainer.model, trainer.optimizer)
         raise
+
+
+def _resolved(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The recipe as it is written down, with the folder that it was run in."""
+    settings = recipe.resolved()
+    return settings | {"training": settings["training"] | {"output_dir": str(folder)}}
 
 
 def _reads(recipe: Recipe) -> list[Path]:
@@ -195,7 +203,7 @@ def _find_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
     """The checkpoint to go on from; None if the folder has none."""
     found = files.latest(folder / "checkpoints")
     if found is not None:
-        folders.check_same_run(folder / "recipe.resolved.json", recipe.resolved())
+        folders.check_same_run(folder / "recipe.resolved.json", _resolved(recipe, folder))
         logger.info("going on from %s", found)
     else:
         logger.info("no checkpoint in %s: starting from the beginning", folder)
@@ -216,7 +224,7 @@ def _open_folder(
     files.set_aside_after(folder / "checkpoints", step)
     for name in ("metrics.jsonl", "statistics.jsonl"):
         cut_log(folder / name, step)
-    atomic_write_json(folder / "recipe.resolved.json", recipe.resolved())
+    atomic_write_json(folder / "recipe.resolved.json", _resolved(recipe, folder))
     about = {**environment.describe_environment(), "seed": recipe.training.seed}
     atomic_write_json(folder / "environment.json", about)
     for calibration, _ in calibrations:
@@ -350,6 +358,13 @@ def _run(trainer: Trainer, found: Path | None) -> None:
         trainer.train(resume_from_checkpoint=str(found) if found is not None else None)
     except StopRequested:
         trainer._save_checkpoint()
+    except Exception as error:
+        if "loss scale already at minimum" in str(error):  # DeepSpeed's own end of a float16 run
+            raise Diverged(
+                f"gradients overflowed float16 up to step {trainer.state.global_step}, whatever their scale: "
+                'try a lower training.learning_rate, or backbone.dtype "bfloat16"'
+            ) from error
+        raise
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, Log):
@@ -357,7 +372,7 @@ def _run(trainer: Trainer, found: Path | None) -> None:
 
 
 def _status(agreement: Agreement) -> str:
-    if agreement.not_finite:
+    if agreement.not_finite and (agreement.stopped_by is None or agreement.not_finite >= PATIENCE):
         return "stopped"
     return "interrupted" if agreement.stopped_by is not None else "finished"
 
@@ -374,11 +389,11 @@ def _count(model: nn.Module) -> int:
     return sum(full_shape(p).numel() for p in trainable(model).values())
 
 
-def _not_finite(trainer: Trainer, recipe: Recipe) -> str:
+def _not_finite(trainer: Trainer, recipe: Recipe, steps: int) -> str:
     kept = files.latest(trainer.checkpoints)
     last = f"the last good checkpoint is {kept}" if kept is not None else "there was no checkpoint yet"
     return (
-        f"the loss was not finite for {PATIENCE} steps, up to step {trainer.state.global_step}: "
+        f"the loss was not finite for {steps} steps, up to step {trainer.state.global_step}: "
         f"try a lower training.learning_rate (it is {recipe.training.learning_rate:g}) or a longer "
         f"warmup_ratio; {last}"
     )

@@ -13,8 +13,10 @@ from training_toys import write_toy
 from transformers import LlamaConfig
 
 from secura_ds.adapter import SecuraConfig
+from secura_ds.backbones import load_config
 from secura_ds.backbones.adapter import adapter_config, refuse_stage, train_weights
 from secura_ds.errors import UserError
+from secura_ds.plan.blueprint import draw
 from secura_ds.recipe import FullTraining, Recipe, load_recipe
 
 
@@ -116,3 +118,43 @@ def test_methods_that_need_whole_weights_are_refused_under_zero3(toy: Path, meth
         return
     with pytest.raises(UserError, match=r"zero3.json shards them \(ZeRO-3\): use deepspeed/zero2.json"):
         refuse_stage(recipe, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ('adapter.target_modules=["q_proj", "v_prj"]', 'target_modules has "v_prj", .*; did you mean v_proj'),
+        (
+            'adapter.exclude_modules=["layers.9.q_proj"]',
+            'exclude_modules has "layers.9.q_proj", which matches',
+        ),
+        ('adapter.modules_to_save=["lm_haed"]', 'modules_to_save has "lm_haed", .*did you mean lm_head'),
+        ('adapter.rank_pattern={"q_prooj": 3}', 'rank_pattern has "q_prooj", .*did you mean q_proj'),
+    ],
+)
+def test_a_name_that_matches_no_module_is_refused(toy: Path, override: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"adapter.{said}"):
+        draw(recipe_of(toy, override), load_config(recipe_of(toy).backbone), sharded=False)
+
+
+def test_names_that_match_are_taken(toy: Path) -> None:
+    options = [
+        'adapter.target_modules=["q_proj", "layers.1.self_attn.v_proj"]',
+        'adapter.exclude_modules=["layers.0.self_attn.q_proj"]',
+        'adapter.modules_to_save=["lm_head"]',
+        'adapter.rank_pattern={"layers.0.*": 3, "v_proj": 4}',
+    ]
+    model = draw(recipe_of(toy, *options), load_config(recipe_of(toy).backbone), sharded=False)
+    assert {
+        name.split(".secura_B")[0][-25:] for name, _ in model.named_parameters() if "secura_B" in name
+    } == {
+        "layers.1.self_attn.q_proj",
+        "layers.1.self_attn.v_proj",
+    }
+
+
+def test_a_module_in_4_bits_cannot_be_trained_whole(toy: Path) -> None:
+    four_bit = ["backbone.dtype=bfloat16", "backbone.quantization.kind=nf4"]
+    recipe = recipe_of(toy, *four_bit, 'adapter.modules_to_save=["o_proj"]')
+    with pytest.raises(UserError, match=r"adapter.modules_to_save matches .*o_proj, which is in 4 bits"):
+        draw(recipe, load_config(recipe.backbone), sharded=False)

@@ -20,7 +20,7 @@ from secura_ds.calibration import calibrate, sensitivity, target_layers
 from secura_ds.calibration.factors import frozen
 from secura_ds.calibration.moments import input_groups
 from secura_ds.errors import UserError
-from secura_ds.method import calibrated, cur
+from secura_ds.method import calibrated
 from secura_ds.method.calibrated import contrast, contrast_scale
 from secura_ds.sharding import dequantized, keep_exact
 
@@ -166,6 +166,15 @@ def test_text_and_examples_become_batches() -> None:
     assert batch.targets.tolist() == [[2, 3, -100], [5, -100, -100]]
 
 
+def test_packed_examples_are_looked_at_one_by_one() -> None:
+    packed = {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "seq_lengths": [3, 2]}
+    (batch,) = sensitivity.example_batches([packed])
+    single = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [-100, 5]}]
+    (expected,) = sensitivity.example_batches(single)
+    for found, wanted in zip(batch, expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_the_adapter_takes_both_factors_and_a_sample_of_the_weight(tmp_path: Path) -> None:
     model = toy_llama().requires_grad_(False)
     config = config_of(target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 5})
@@ -180,8 +189,8 @@ def test_the_adapter_takes_both_factors_and_a_sample_of_the_weight(tmp_path: Pat
         A = layer.secura_A["default"]
         torch.testing.assert_close(A @ A.T, torch.eye(len(A)), rtol=0, atol=1e-5)
         W = layer.get_base_layer().weight
-        least = cur.least_important(W, len(R))[1][0]
-        assert torch.equal(layer.secura_sample["default"][:, 0], W[:, least])
+        largest = int(W.square().sum(0).argmax())
+        assert torch.equal(layer.secura_sample["default"][:, 0], W[:, largest])
         torch.nn.init.normal_(layer.secura_B["default"], std=0.3)
     ids = torch.arange(12).view(1, 12)
     with torch.no_grad():

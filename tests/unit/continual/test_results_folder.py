@@ -78,6 +78,8 @@ def test_a_sequence_that_diverges_does_not_end_the_others(
     assert first["status"] == "diverged" and first["metrics"] is None
     assert second["status"] == "finished"
     assert run_sequences(longer, resume=True) == SequencesSummary(planned=2, finished=1, diverged=1)
+    mark = tmp_path / "results" / "sequences" / "lora-lr0.02-order1-seed0" / "diverged.json"
+    assert "not finite" in json.loads(mark.read_text())["reason"]
     page = write_report([tmp_path / "results"]).read_text(encoding="utf-8")
     assert "lora-lr0.02-order1-seed0 has diverged (0 of 2 tasks)" in page
 
@@ -212,6 +214,8 @@ def test_seconds_leave_out_measuring_and_hold_those_before_an_interruption(
         first = runs.train(recipe, stage=runs.Stage(measure=measure))
     assert first.signal == signal.SIGTERM
     assert 0 < first.seconds < time.perf_counter() - began - 3
+    resolved = json.loads((tmp_path / "run" / "recipe.resolved.json").read_text())
+    assert resolved["training"]["output_dir"] == str(tmp_path / "run")
     again = runs.train(recipe, resume=True, stage=runs.Stage())
     assert 3600 < again.seconds < 3600 + time.perf_counter() - began - 3
 

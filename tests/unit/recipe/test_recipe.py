@@ -183,12 +183,14 @@ def test_settings_without_effect_are_warned_of(recipe: Path, caplog: pytest.LogC
                 "adapter.smagnorm.apply=never",
                 "adapter.smagnorm.steepness=4",
                 "adapter.calibration.energy=0.5",
+                "adapter.calibration.floor=0.2",
             ],
         )
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
         'adapter.smagnorm has settings that have no effect with apply "never"',
         'adapter.calibration has no effect with selection "least"',
         'adapter.calibration.energy has no effect with mode "null"',
+        'adapter.calibration.floor has no effect with mode "null"',
     ]
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from secura_ds.backbones import load_tokenizer
 from secura_ds.data import build_datasets
 from secura_ds.recipe import load_recipe
 from secura_ds.training import build_model, state
+from secura_ds.training import run as runs
 from secura_ds.training.arguments import make_arguments
 from secura_ds.training.model import trainable
 from secura_ds.training.trainer import Trainer
@@ -88,3 +90,19 @@ def test_random_numbers_go_on_where_they_were() -> None:
     drawn = torch.rand(3)
     state.set_random_state(before)
     assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.parametrize(
+    ("broken_steps", "signal", "status"),
+    [
+        (0, None, "finished"),
+        (0, 15, "interrupted"),
+        (1, 15, "interrupted"),
+        (1, None, "stopped"),
+        (3, 15, "stopped"),
+    ],
+)
+def test_a_signal_amid_a_single_broken_step_is_an_interruption(
+    broken_steps: int, signal: int | None, status: str
+) -> None:
+    assert runs._status(SimpleNamespace(not_finite=broken_steps, stopped_by=signal)) == status
