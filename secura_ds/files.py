@@ -21,15 +21,21 @@ from secura_ds.errors import UserError
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn a full disk or a refused folder into one line; anything else passes through."""
+    """Turn a full disk or a place that cannot be written into one line; anything else passes through."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if full:
-            raise UserError(f"the disk holding {path} is full: free some space and run again") from error
-        if isinstance(error, PermissionError):
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            what = "your quota on the disk" if number == errno.EDQUOT else "the disk"
+            raise UserError(f"{what} holding {path} is full: free some space and run again") from error
+        if isinstance(error, PermissionError) or number == errno.EROFS:
             raise UserError(f"no permission to write {path}: choose another folder or its rights") from error
+        if isinstance(error, NotADirectoryError | IsADirectoryError | FileExistsError):
+            raise UserError(
+                f"{path} cannot be written: a file is where a folder should be, or the reverse "
+                f"({error.strerror}); choose another path"
+            ) from error
         raise
 
 

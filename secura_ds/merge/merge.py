@@ -209,6 +209,18 @@ def _require_free(base: Path, adapter: Path, out: Path, overwrite: bool) -> None
             raise UserError(f"out is {out}, which is or holds the {name} {folder}: choose another folder")
     if out.exists() and not overwrite:
         raise UserError(f"{out} already exists: choose another folder, or add --overwrite")
+    if out.exists() and not _is_checkpoint(out):
+        raise UserError(
+            f"{out} is no checkpoint, and --overwrite replaces nothing else: choose another folder"
+        )
+
+
+def _is_checkpoint(out: Path) -> bool:
+    """Whether a folder is empty or holds what a merge writes: its user may have meant another one."""
+    if not out.is_dir():
+        return False
+    whole = (out / "config.json").is_file() and any(out.glob("*.safetensors"))
+    return whole or not any(out.iterdir())
 
 
 def require_plain(base: Checkpoint) -> dict[str, Any]:

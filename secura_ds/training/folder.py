@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from secura_ds.errors import UserError
-from secura_ds.files import remove_left_overs
+from secura_ds.files import explained, remove_left_overs
 from secura_ds.recipe.moved import same_setting
 
 logger = logging.getLogger(__name__)
@@ -59,8 +59,9 @@ def claim(folder: Path, *, overwrite: bool) -> None:
     """Make `folder` ready for a run that `check` allows. Main process only."""
     if overwrite:
         remove_run(folder)
-    (folder / "run.json").unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").unlink(missing_ok=True)
     remove_left_overs(folder)
     remove_left_overs(folder / "checkpoints")
 

@@ -128,9 +128,16 @@ def test_out_is_never_overwritten_unasked(base: Path, adapter: Path, tmp_path: P
     (out / "keep").write_text("mine")
     with pytest.raises(UserError, match="already exists"):
         quick(base, adapter, out)
+    with pytest.raises(UserError, match="out is no checkpoint, and --overwrite replaces nothing else"):
+        quick(base, adapter, out, overwrite=True)
     assert (out / "keep").read_text() == "mine"
+    with pytest.raises(UserError, match="keep is no checkpoint"):
+        quick(base, adapter, out / "keep", overwrite=True)
+    (out / "keep").unlink()
     quick(base, adapter, out, overwrite=True)
-    assert not (out / "keep").exists() and (out / "config.json").exists()
+    (out / "config.json").write_text("{}")
+    quick(base, adapter, out, overwrite=True)
+    assert (out / "config.json").read_text() != "{}"
     with pytest.raises(UserError, match="which is or holds the base"):
         quick(base, adapter, base, overwrite=True)
 
