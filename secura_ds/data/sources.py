@@ -125,8 +125,11 @@ def _wrong_fields(where: str, row: Mapping[str, Any], name: str) -> UserError:
 
 
 def _example(row: Mapping[str, Any], name: str, where: str) -> Example:
-    if any(row.get(key) is None for key in FORMATS[name]):
-        raise _wrong_fields(where, row, name)
+    for key in FORMATS[name]:
+        if key not in row:
+            raise _wrong_fields(where, row, name)
+        if row[key] is None:
+            raise UserError(f"{where}: {key} is null; fill it in or remove the row")
     if name == "messages":
         return Example(where, messages=_messages(row["messages"], where))
     if name == "text":
@@ -161,6 +164,13 @@ def _messages(messages: Any, where: str) -> tuple[dict[str, Any], ...]:
         if message.get("role") not in ROLES:
             given = shown(repr(message.get("role")))
             raise UserError(f"{where}: messages[{index}].role is {given}; allowed: {', '.join(ROLES)}")
+        if message.get("tool_calls"):
+            raise UserError(
+                f"{where}: messages[{index}] has tool_calls, which would be left out: write the call into "
+                "its content, as the model is to write it"
+            )
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise UserError(f"{where}: messages[{index}].content is empty; fill it in or remove the row")
     if all(message["role"] != "assistant" for message in messages):
         raise UserError(f"{where}: messages has no assistant turn, so there is nothing to learn")
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)

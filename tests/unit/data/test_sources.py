@@ -94,7 +94,18 @@ def test_bad_files_name_the_place(tmp_path: Path, name: str, content: str, messa
         (PAIR, {"format": "text"}, r":1: fields found: prompt, completion; allowed: text \(text\)"),
         ({"prompt": "a", "completion": 4}, {}, r":1: completion should be a string, found int"),
         ({"prompt": "a", "completion": " "}, {}, r":1: completion is empty"),
+        ({"prompt": "a", "completion": None}, {}, r":1: completion is null; fill it in or remove the row"),
         ({"messages": []}, {}, r":1: messages should be a list"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]},
+            {},
+            r":1: messages\[0\] has tool_calls, which would be left out",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]},
+            {},
+            r":1: messages\[1\]\.content is empty; fill it in",
+        ),
         (
             {"messages": [{"role": "bot", "content": "a"}]},
             {},
