@@ -125,10 +125,10 @@ def recipe_schema(kind: type[Recipe] | type[SequenceRecipe] = Recipe) -> dict[st
 
 def _read(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):  # unlike Path's, False for a name that no file can have
-        what = "is a folder" if os.path.isdir(path) else "no such file"
+        folder = ", and this is a folder" if os.path.isdir(path) else ""
         raise UserError(
-            f"{shown(path)}: {what}; recipes are JSON files such as recipes/smollm2-135m.json, or for "
-            "launch/continual.py recipes/continual/smollm2-two-tasks.json"
+            f"{shown(path)}: no such file; recipes are JSON files such as recipes/smollm2-135m.json, or for "
+            f"launch/continual.py recipes/continual/smollm2-two-tasks.json{folder}"
         )
     return read_json_object(path, unique_keys=True)
 
