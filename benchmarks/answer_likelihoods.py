@@ -21,10 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from secura_ds.adapter import load_adapter
 from secura_ds.backbones import load_model, load_tokenizer
-from secura_ds.data.encoding import plain_tokens
 from secura_ds.errors import UserError, run_command
 from secura_ds.evaluation.batching import batches
-from secura_ds.evaluation.choice import Question, likelihoods, read_questions
+from secura_ds.evaluation.choice import Question, likelihoods, read_questions, tokens_of
 from secura_ds.files import atomic_write_json
 from secura_ds.reading import read_json_object
 from secura_ds.recipe.schema import BackboneRecipe
@@ -76,11 +75,7 @@ def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> np.ndarray:
     """`MEASURES` of each question: (questions, 4)."""
-    prompts = [plain_tokens(tokenizer, f"Question: {question.text}\nAnswer:") for question in questions]
-    choices = [
-        [tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] for choice in question.choices]
-        for question in questions
-    ]
+    prompts, choices = tokens_of(tokenizer, questions)
     result = np.zeros((len(questions), len(MEASURES)))
     with torch.no_grad():
         for batch in batches(prompts, 16, len, "questions", progress=True):

@@ -76,11 +76,7 @@ def multiple_choice(
         UserError: the file is bad.
     """
     questions = read_questions(path, max_items)
-    prompts = [plain_tokens(tokenizer, f"Question: {question.text}\nAnswer:") for question in questions]
-    choices = [
-        [tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] for choice in question.choices]
-        for question in questions
-    ]
+    prompts, choices = tokens_of(tokenizer, questions)
     right = np.zeros((len(questions), 2))
     for batch in batches(prompts, batch_size, len, path.stem, progress=progress):
         found = likelihoods(model, tokenizer, [prompts[i] for i in batch], [choices[i] for i in batch])
@@ -96,6 +92,18 @@ def multiple_choice(
         "topics": _by_topic(questions, right[:, 0]),
         "items": right[:, 0].astype(int).tolist(),
     }
+
+
+def tokens_of(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """The prompt of each question, and its choices as they follow it."""
+    prompts = [plain_tokens(tokenizer, f"Question: {question.text}\nAnswer:") for question in questions]
+    choices = [
+        [tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] for choice in question.choices]
+        for question in questions
+    ]
+    return prompts, choices
 
 
 def _by_topic(questions: Sequence[Question], right: np.ndarray) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,6 @@ from secura_ds.files import atomic_write_json, explained, swap_folder
 from secura_ds.merge.adapter_file import AdapterFile, open_adapter
 from secura_ds.merge.check import LogitGap, check_strict_load, logit_gap
 from secura_ds.merge.edits import Edit, plan_edits
-from secura_ds.merge.memory import PeakMemory
 from secura_ds.merge.work import (
     Part,
     Read,
@@ -31,6 +30,7 @@ from secura_ds.merge.work import (
     write_part,
 )
 from secura_ds.merge.workers import share
+from secura_ds.peak_memory import PeakMemory
 from secura_ds.reading import read_json_object
 
 logger = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ import torch
 from secura_ds.errors import UserError
 from secura_ds.files import explained
 from secura_ds.merge.edits import Edit
-from secura_ds.merge.memory import PeakMemory
 from secura_ds.merge.work import Advance, Part, WorkFolder, begin_shard, end_shard, reader, write_part
+from secura_ds.peak_memory import PeakMemory
 from secura_ds.stopping import FROM_CLUSTER
 
 _SIGNALS = {signal.SIGINT, *FROM_CLUSTER}

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
-import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from secura_ds.adapter import fold, layer_statistics
 from secura_ds.environment import is_main_process
 from secura_ds.files import atomic_write_text
+from secura_ds.peak_memory import peak, reset_peak
 from secura_ds.ranks import total
 from secura_ds.stopping import FROM_CLUSTER, handled
 from secura_ds.training.trainer import Trainer
@@ -275,18 +274,11 @@ def peak_memory() -> int:
     """The most bytes this process has held since `reset_peak_memory`, as `memory_in_use` counts them."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()
-    if (found := re.search(r"VmHWM:\s+(\d+) kB", _read(Path("/proc/self/status")))) is not None:
-        return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak()
 
 
 def reset_peak_memory() -> None:
     """Count the peak from here on; where the system does not let it, it stays that of the whole process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="ascii") if path.is_file() else ""
+    reset_peak()

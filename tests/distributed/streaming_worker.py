@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from secura_ds import sharding  # noqa: E402
 from secura_ds.backbones import load_model  # noqa: E402
 from secura_ds.errors import UserError  # noqa: E402
-from secura_ds.merge.memory import PeakMemory  # noqa: E402
+from secura_ds.peak_memory import PeakMemory  # noqa: E402
 from secura_ds.ranks import end_process  # noqa: E402
 from secura_ds.recipe import BackboneRecipe, Quantization  # noqa: E402
 

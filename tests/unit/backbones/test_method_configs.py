@@ -36,7 +36,8 @@ def test_targets_are_the_familys_by_default(toy: Path, method: str) -> None:
 
 
 def test_cabr_is_secura_without_its_norm(toy: Path) -> None:
-    settings = '"cur_rank": 7, "inner_rank": 9, "strategy": "M1", "fold_every": 3, "selection": "least"'
+    settings = '"cur_rank": 7, "inner_rank": 9, "strategy": "M1", "fold_every": 3, "scaling": 0.5'
+    settings += ', "selection": "least"'
     configs = []
     for method in ("secura", "cabr"):
         recipe = recipe_of(toy, f'adapter={{"method": "{method}", {settings}}}')

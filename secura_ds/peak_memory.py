@@ -1,4 +1,4 @@
-"""How much memory a stretch of work needed beyond what the process already held."""
+"""The most main memory this process has held, counted anew where the system allows it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,23 @@ class PeakMemory:
 
     def __init__(self) -> None:
         """Begin measuring; resets the kernel's high-water mark where the system allows it."""
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+        reset_peak()
         self._before = _kibibytes("VmRSS") or _process_peak()
 
     def growth(self) -> int:
         """Bytes by which the peak rose above the memory held at the beginning."""
-        return 1024 * max(0, (_kibibytes("VmHWM") or _process_peak()) - self._before)
+        return max(0, peak() - 1024 * self._before)
+
+
+def reset_peak() -> None:
+    """Count the peak from here on; where the system does not let it, it stays that of the whole process."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """The most bytes this process has held since `reset_peak`."""
+    return 1024 * (_kibibytes("VmHWM") or _process_peak())
 
 
 def _kibibytes(field: str) -> int:
