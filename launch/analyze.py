@@ -21,7 +21,7 @@ from secura_ds.analysis.weights import adapted_weights
 from secura_ds.backbones import resolve_base
 from secura_ds.checkpoint_files import Checkpoint, open_checkpoint
 from secura_ds.errors import UserError, run_command
-from secura_ds.files import atomic_write_json
+from secura_ds.files import atomic_write_json, check_writable
 from secura_ds.merge.adapter_file import CONFIG_NAME, AdapterFile, open_adapter
 from secura_ds.reading import read_json_object
 from secura_ds.report import format_table, numbers
@@ -40,6 +40,8 @@ class Columns(NamedTuple):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, analyse, print the table and write the document."""
     options = _parser().parse_args(arguments)
+    if options.out is not None:
+        check_writable(options.out)
     columns = options.analyse(options)
     document: dict[str, Any] = {
         "analysis": options.analysis,

@@ -18,7 +18,7 @@ from secura_ds.adapter import load_adapter
 from secura_ds.backbones import load_model, load_tokenizer
 from secura_ds.errors import UserError, run_command
 from secura_ds.evaluation import Parts, evaluate, fingerprints
-from secura_ds.files import atomic_write_json
+from secura_ds.files import atomic_write_json, check_writable
 from secura_ds.recipe import Recipe, load_recipe
 from secura_ds.report import evaluation_table
 
@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(
             f"{options.recipe} has nothing to evaluate: give evaluation.task or evaluation.probes"
         )
+    if options.out is not None:
+        check_writable(options.out)
     model, tokenizer = _load(recipe, options.model, options.adapter)
     subject = options.model or options.adapter or recipe.backbone.model
     parts = _parts(recipe, Path(subject), options.out) if options.out is not None else None

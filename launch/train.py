@@ -53,10 +53,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in the output folder")
     parser.add_argument(
-        "--show-examples", type=int, metavar="N", help="only print N examples as tokens with the loss mask"
+        "--show-examples",
+        type=_count,
+        metavar="N",
+        help="only print N examples as tokens with the loss mask",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return int(text)
 
 
 def _show(recipe: Recipe, count: int) -> int:

@@ -117,6 +117,7 @@ class SecuraConfig(PeftConfig):
                 "inner_rank to cur_rank and inner_rank_pattern to rank_pattern, as A is square then"
             )
         _check_integer("fold_every", self.fold_every, 0)
+        _check_integer("seed", self.seed, 0)
         _check_number("scaling", self.scaling, positive=False)
         self.smagnorm = _smagnorm(self.smagnorm)
         self.calibration = _calibration(self.calibration)

@@ -55,7 +55,7 @@ def choose_factors(
     except ValueError as error:
         raise UserError(f"{layer_name}: {error}") from error
     if config.selection == "calibrated":
-        R, rows = _calibrated(base, layer_name, cur_rank).to(weight), torch.full_like(rows, -1)
+        R, rows = _calibrated(base, layer_name, cur_rank, config).to(weight), torch.full_like(rows, -1)
     else:
         R = weight[rows].clone()
     C = weight[:, columns].contiguous()
@@ -74,12 +74,17 @@ def _output(base: nn.Module, layer_name: str, cur_rank: int) -> Tensor:
     return factor.detach()
 
 
-def _calibrated(base: nn.Module, layer_name: str, cur_rank: int) -> Tensor:
+def _calibrated(base: nn.Module, layer_name: str, cur_rank: int, config: SecuraConfig) -> Tensor:
     factor = getattr(base, "secura_factor", None)
     if factor is None:
         raise UserError(
             f"selection is 'calibrated', but {layer_name} has no calibrated factor: call "
             "secura_ds.calibrate(model, tokenizer, config) before creating the adapter"
+        )
+    if not config.contrasts and hasattr(base, "secura_output"):
+        raise UserError(
+            f"calibration.mode is {config.calibration['mode']!r}, but {layer_name} was calibrated for "
+            "'contrast': calibrate with the same configuration"
         )
     if tuple(factor.shape) != (cur_rank, base.in_features):
         raise UserError(

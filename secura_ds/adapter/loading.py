@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from secura_ds import sharding
 from secura_ds.adapter.config import SecuraConfig
 from secura_ds.adapter.layer import Linear
-from secura_ds.errors import UserError
+from secura_ds.errors import UserError, shown
 from secura_ds.reading import read_json_object
+
+# What follows a module's name in the name of an adapter's tensor; of a module saved whole, its own tensor.
+_IN_ADAPTER = re.compile(r"\.(?:secura_|lora_|_?osf_).*|(?:\.base_layer)?\.[^.]+$")
 
 # Relative error of C against W[:, columns]. Casting to bf16 costs 0.002; another base costs above 1.
 TOLERANCE = 0.01
@@ -102,6 +106,19 @@ def _saved(state_dict: Mapping[str, Tensor], layer_name: str, part: str) -> Tens
     return state_dict.get(key) if found is None else found
 
 
+def _refuse_absent_modules(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse tensors of modules that the model lacks, which PEFT passes over."""
+    modules = {name for name, _ in model.named_modules()}
+    with safe_open(str(folder / SAFETENSORS_WEIGHTS_NAME), framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            name = key.removeprefix("base_model.model.")
+            if _IN_ADAPTER.sub("", name) not in modules:
+                raise UserError(
+                    f"the adapter {folder} holds {shown(name)}, which {model.config.name_or_path} has no "
+                    "place for: it was made for another base model, give that one"
+                )
+
+
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put the adapter saved in `folder`, of any PEFT method, onto `model`.
 
@@ -117,6 +134,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     if read_json_object(path, remedy="copy the adapter again").get("megatron_config"):
         raise UserError(f"{path} has megatron_config, which makes PEFT import a module by name: remove it")
     try:
+        _refuse_absent_modules(model, folder)
         return PeftModel.from_pretrained(model, str(folder))
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
         # A truncated file; another model's shapes; settings that PEFT does not know.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -25,6 +29,16 @@ class SecuraModel(BaseTuner):
 
     def _pre_injection_hook(self, model: nn.Module, config: SecuraConfig, adapter_name: str) -> None:
         sharding.keep_exact(model)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's place for what a forward pass is given beside the inputs."""
+        if kwargs.get("adapter_names") is not None:
+            raise UserError(
+                "adapter_names, an adapter for each row of a batch, is not supported by SECURA: use "
+                "set_adapter and one batch an adapter"
+            )
+        yield
 
     def _create_and_replace(
         self,

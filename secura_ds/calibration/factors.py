@@ -49,6 +49,7 @@ def calibrate(
 ) -> Calibration:
     """Compute R, and C in mode "contrast", of every layer that `config` targets, for the adapter to find.
 
+    What an earlier call has left on the model is forgotten.
     Works on plain, 4-bit and ZeRO-3 partitioned models, before adapters are put in. Collective: every rank
     calls it, they share the work, and all get the same factors.
 
@@ -73,6 +74,7 @@ def calibrate(
             f"selection is {config.selection!r}, which needs no calibration: set it to 'calibrated'"
         )
     layers = target_layers(model, config)
+    drop_factors(model)
     settings = config.calibration
     contrasts = settings["mode"] == "contrast"
     task = _task(model, examples, settings["num_tokens"]) if contrasts else []

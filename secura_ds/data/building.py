@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from secura_ds.data.encoding import EncodedExample, encode
-from secura_ds.data.sources import load_examples
-from secura_ds.errors import UserError
+from secura_ds.data.sources import load_source
+from secura_ds.errors import UserError, shown
 from secura_ds.recipe import DataRecipe, Recipe, Source
 
 logger = logging.getLogger(__name__)
@@ -23,12 +23,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class SourceReport:
-    """What became of one source's rows. `used` counts repeats of a source whose share exceeds its size."""
+    """What became of one source's rows. `used` counts repeats of a source whose share exceeds its size.
+
+    `unused` are fields of the rows that nothing is made of; `sha256` is of what the examples say.
+    """
 
     name: str
     read: int
     dropped: int
     cut: int
+    unused: list[str]
+    sha256: str
     used: int = 0
 
 
@@ -61,21 +66,30 @@ class DataReport:
                 line += f", {source.cut} cut to max_length"
             if source.dropped:
                 line += f", {source.dropped} dropped (cut to max_length, no token was left to learn)"
+            if source.unused:
+                line += f"; fields not used: {shown(', '.join(source.unused))}"
             lines.append(line)
         return "\n".join(lines)
 
 
-def build_datasets(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset | None, DataReport]:
+class Datasets(NamedTuple):
+    """What a recipe's sources give."""
+
+    train: Dataset
+    validation: Dataset | None
+    report: DataReport
+
+
+def build_datasets(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Datasets:
     """Training and validation data as `input_ids` and `labels` (-100: not learnt), as TRL's trainer takes it.
 
     With `data.packing` training rows hold several examples, their lengths in the column `seq_lengths`; the
     trainer's collator must then make position ids from them (`padding_free=True`). Seeded: every rank and
     every run builds the same rows in the same order.
 
-    A source's weight is its share of an epoch, which has as many examples as all sources together: a source
-    whose share exceeds its size is repeated, one whose share is less is sampled.
+    Without weights an epoch has every example once. A source's weight is its share of an epoch, which has as
+    many examples as all sources together: a source whose share exceeds its size is repeated, one whose share
+    is less is sampled.
 
     Raises:
         UserError: a source is bad, or no example of it keeps a token to learn within `data.max_length`.
@@ -91,7 +105,9 @@ def build_datasets(
         order = rng.permutation(len(examples)) if count else np.arange(len(examples))
         held_out += [examples[i] for i in order[:count]]
         parts.append([examples[i] for i in order[count:]])
-    used = mixture_counts([len(part) for part in parts], [source.weight for source in data.sources])
+    sizes = [len(part) for part in parts]
+    weights = [source.weight for source in data.sources if source.weight is not None]
+    used = mixture_counts(sizes, weights) if weights else sizes
     for source_report, number in zip(report.sources, used, strict=True):
         source_report.used = number
     train = [
@@ -106,7 +122,7 @@ def build_datasets(
         dataset = pack_dataset(dataset, data.max_length, "bfd")
     _count(report, train, held_out, dataset)
     logger.info("%s", report.summary())
-    return dataset, _dataset(held_out) if held_out else None, report
+    return Datasets(dataset, _dataset(held_out) if held_out else None, report)
 
 
 def mixture_counts(sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -146,7 +162,8 @@ def _encode_source(
     tokenizer: PreTrainedTokenizerBase,
     report: DataReport,
 ) -> list[EncodedExample]:
-    examples = load_examples(source, resolve_path)
+    loaded = load_source(source, resolve_path)
+    examples = loaded.examples
     encoded = [
         encode(example, tokenizer, max_length=data.max_length, completion_only=data.completion_only)
         for example in examples
@@ -168,7 +185,9 @@ def _encode_source(
             data.max_length,
         )
     cut = sum(example.was_cut for example in kept)
-    report.sources.append(SourceReport(name=name, read=len(examples), dropped=dropped, cut=cut))
+    report.sources.append(
+        SourceReport(name, len(examples), dropped, cut, unused=loaded.unused, sha256=loaded.fingerprint())
+    )
     return kept
 
 

@@ -59,10 +59,16 @@ def encode(
 def render_prompt(
     prompt: str | Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str = "the prompt"
 ) -> list[int]:
-    """Token ids of a prompt as the model is asked it; the same as the prompt's part of a training example."""
-    if tokenizer.chat_template is None and isinstance(prompt, str):
-        return plain_tokens(tokenizer, prompt)
+    """Token ids of a prompt as the model is asked it; the same as the prompt's part of a training example.
+
+    Raises:
+        UserError: there is no chat template for a prompt of several turns, or it refuses them.
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if tokenizer.chat_template is None:
+        if [message["role"] for message in messages] != ["user"]:
+            raise _no_template(where)
+        return plain_tokens(tokenizer, messages[0]["content"])
     return inner_tokens(tokenizer, render(tokenizer, messages, where, ask=True))
 
 
@@ -72,13 +78,17 @@ def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[
         return [(example.text, True, True)]
     if tokenizer.chat_template is None:
         if not example.is_pair:
-            raise UserError(
-                f"{example.where}: the backbone has no chat template, so a conversation cannot be rendered: "
-                "use its instruct version, or rows of prompt and completion"
-            )
+            raise _no_template(example.where)
         prompt, completion = (message["content"] for message in example.messages)
         return [(prompt, False, True), (completion, True, False)]
     return [(text, learnt, False) for text, learnt in _turns(example, tokenizer)]
+
+
+def _no_template(where: str) -> UserError:
+    return UserError(
+        f"{where}: the backbone has no chat template, so a conversation cannot be rendered: use its instruct "
+        "version, or rows of prompt and completion alone"
+    )
 
 
 def _turns(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:

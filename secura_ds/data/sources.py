@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,12 @@ FORMATS = {
     "prompt_completion": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
     "text": ("text",),
+}
+OPTIONAL = {
+    "messages": (),
+    "prompt_completion": ("system",),
+    "instruction": ("input", "system"),
+    "text": (),
 }
 SUFFIXES = (".jsonl", ".json", ".parquet")
 
@@ -42,8 +50,28 @@ class Example:
         return [message["role"] for message in self.messages] == ["user", "assistant"]
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A source's examples, in order, and the fields of its rows that are no part of them."""
+
+    examples: list[Example]
+    unused: list[str]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the examples say, wherever they lie and however they will be rendered."""
+        said = hashlib.sha256()
+        for example in self.examples:
+            said.update(json.dumps([example.text, example.messages], sort_keys=True).encode())
+        return said.hexdigest()
+
+
 def load_examples(source: Source, resolve_path: Callable[[str], Path] = Path) -> list[Example]:
-    """Read a source's rows, in order.
+    """The examples of `load_source`."""
+    return load_source(source, resolve_path).examples
+
+
+def load_source(source: Source, resolve_path: Callable[[str], Path] = Path) -> Loaded:
+    """Read a source's rows.
 
     Args:
         resolve_path: turns `source.path` into a place on disk (`recipe.resolve_path`).
@@ -52,8 +80,13 @@ def load_examples(source: Source, resolve_path: Callable[[str], Path] = Path) ->
         UserError: the source is missing, empty or malformed, or a row fits no format; names the place.
     """
     rows = _hub_rows(source) if source.path is None else _file_rows(resolve_path(source.path))
+    rows = rows[: source.max_examples]
     name = _format_of(source, rows[0])
-    return [_example(row, name, where) for where, row in rows[: source.max_examples]]
+    fields = dict.fromkeys(key for _, row in rows for key, value in row.items() if value is not None)
+    return Loaded(
+        [_example(row, name, where) for where, row in rows],
+        [key for key in fields if key not in (*FORMATS[name], *OPTIONAL[name])],
+    )
 
 
 Rows = Sequence[tuple[str, Mapping[str, Any]]]
@@ -140,9 +173,10 @@ def _example(row: Mapping[str, Any], name: str, where: str) -> Example:
         prompt, completion = (_string(row, key, where) for key in ("instruction", "output"))
         if row.get("input"):
             prompt = f"{prompt}\n\n{_string(row, 'input', where)}"
-    return Example(
-        where, messages=({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
-    )
+    turns = [("user", prompt), ("assistant", completion)]
+    if row.get("system"):
+        turns.insert(0, ("system", _string(row, "system", where)))
+    return Example(where, messages=tuple({"role": role, "content": content} for role, content in turns))
 
 
 def _string(row: Mapping[str, Any], key: str, where: str) -> str:

@@ -202,12 +202,14 @@ def _short(given: Any) -> str:
 
 
 def _nearest(location: Location, document: type[BaseModel]) -> str:
-    """A hint for an unknown key: the nearest one beside it, or the same one elsewhere in a recipe."""
+    """A hint for an unknown key: the nearest one beside it, or the same one of another kind or elsewhere."""
     path = [str(part) for part in location if isinstance(part, str)]
     known = list(_keys(document))
     siblings = [key[-1] for key in known if list(key[:-1]) == path[:-1]]
     if matches := difflib.get_close_matches(path[-1], siblings, n=1):
         return f"; did you mean {matches[0]}?"
+    if others := [key[-2] for key in known if key[:-2] == tuple(path[:-2]) and key[-1] == path[-1]]:
+        return f"; it belongs to {', '.join(others)}, not to {path[-2]}"
     if elsewhere := [key for key in known if key[-1] == path[-1]]:
         return f"; did you mean {'.'.join(part for part in elsewhere[0] if part not in _ALL_TAGS)}?"
     return f"; there are {', '.join(siblings)}"

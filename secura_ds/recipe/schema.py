@@ -116,8 +116,8 @@ class Source(Section):
     """Configuration of the hub data set."""
     split: str | None = None
     """Split of the hub data set; null means `train`."""
-    weight: Annotated[float, Field(gt=0, lt=1e9)] = 1.0
-    """Share of this source in the mixture, relative to the others."""
+    weight: Annotated[float, Field(gt=0, lt=1e9)] | None = None
+    """Share of this source in an epoch, relative to the others; null for all: every example once."""
     format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
     """How a row reads; `auto` tells by its keys."""
     max_examples: PositiveInt | None = None
@@ -155,6 +155,16 @@ class DataRecipe(Section):
     """Learn the answers only, not the prompts."""
     seed: Seed = 0
     """Seed of mixing and splitting."""
+
+    @field_validator("sources")
+    @classmethod
+    def _all_or_no_weights(cls, value: list[Source]) -> list[Source]:
+        without = [number for number, source in enumerate(value) if source.weight is None]
+        if 0 < len(without) < len(value):
+            raise ValueError(
+                f"sources.{without[0]} has no weight, others have: give all of them one, or none"
+            )
+        return value
 
     @field_validator("validation_fraction")
     @classmethod

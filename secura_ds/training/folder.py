@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from secura_ds.data import DataReport
 from secura_ds.errors import UserError
 from secura_ds.files import explained, remove_left_overs
+from secura_ds.reading import read_json_object
 from secura_ds.recipe.moved import same_setting
 
 logger = logging.getLogger(__name__)
@@ -19,7 +21,7 @@ MERGED = "merged"
 MODEL = "model"
 OWN_FILES = (
     "adapter", MODEL, "checkpoints", "logs", "metrics.jsonl", "statistics.jsonl", "calibration.jsonl",
-    "run.json", "recipe.resolved.json", "environment.json", "evaluation.before.json",
+    "run.json", "recipe.resolved.json", "environment.json", "data.json", "evaluation.before.json",
     "evaluation.after.json", "merge.json", "report.html", "plots",
     MERGED, f"{MERGED}.partial", f".{MERGED}.partial.lock",
 )  # fmt: skip
@@ -112,6 +114,27 @@ def check_same_run(earlier: Path, settings: dict[str, Any]) -> None:
             )
         if section == "training":
             logger.warning("--resume: %s was %s and is now %s", key, json.dumps(old), json.dumps(new))
+
+
+def check_same_data(earlier: Path, data: DataReport) -> None:
+    """Refuse to continue a run whose examples said something else, under the same name.
+
+    Args:
+        earlier: `data.json` of the run that is continued; without it nothing is checked.
+
+    Raises:
+        UserError: names the first source that has changed.
+    """
+    try:
+        before = [source["sha256"] for source in read_json_object(earlier)["sources"]]
+    except (UserError, TypeError, KeyError):
+        return
+    for old, source in zip(before, data.sources, strict=False):
+        if old != source.sha256:
+            raise UserError(
+                f"--resume: the examples of {source.name} are not those that the run in {earlier.parent} was "
+                "started with: put the earlier ones back, or use --overwrite"
+            )
 
 
 def _differences(before: Any, after: Any, key: str) -> Iterator[tuple[str, Any, Any]]:

@@ -19,7 +19,7 @@ from transformers.integrations import TensorBoardCallback
 from secura_ds import environment
 from secura_ds.backbones import load_tokenizer
 from secura_ds.calibration import Calibration
-from secura_ds.data import build_datasets
+from secura_ds.data import DataReport, Datasets, build_datasets
 from secura_ds.environment import is_main_process
 from secura_ds.errors import Diverged, UserError
 from secura_ds.files import atomic_write_json
@@ -137,11 +137,10 @@ def _train(
     if recipe.training.save_merged:
         base = on_main(lambda: require_exportable(recipe, folder, resume=resume, overwrite=overwrite))
     # The data first: what is wrong with it shows before minutes go into loading and calibrating.
-    train_rows, validation, _ = build_datasets(recipe, load_tokenizer(recipe.backbone))
-    preflight.check_examples(len(train_rows), recipe)
-    found = on_main(lambda: _find_checkpoint(recipe, folder)) if resume else None
-    planned = check_memory(recipe, train_rows, opened.settings, calibrates=_calibrates(recipe, found, stage))
-    data = (train_rows, validation)
+    data = build_datasets(recipe, load_tokenizer(recipe.backbone))
+    preflight.check_examples(len(data.train), recipe)
+    found = on_main(lambda: _find_checkpoint(recipe, folder, data.report)) if resume else None
+    planned = check_memory(recipe, data.train, opened.settings, calibrates=_calibrates(recipe, found, stage))
     trainer, spared = _make_trainer(recipe, folder, opened, data, found, base, stage, overwrite=overwrite)
     trainer.began = began - spared
     signals = Signals()
@@ -199,11 +198,12 @@ def _reads(recipe: Recipe) -> list[Path]:
     return [*found, backbone] if backbone.is_dir() else found
 
 
-def _find_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
+def _find_checkpoint(recipe: Recipe, folder: Path, data: DataReport) -> Path | None:
     """The checkpoint to go on from; None if the folder has none."""
     found = files.latest(folder / "checkpoints")
     if found is not None:
         folders.check_same_run(folder / "recipe.resolved.json", _resolved(recipe, folder))
+        folders.check_same_data(folder / "data.json", data)
         logger.info("going on from %s", found)
     else:
         logger.info("no checkpoint in %s: starting from the beginning", folder)
@@ -213,18 +213,20 @@ def _find_checkpoint(recipe: Recipe, folder: Path) -> Path | None:
 def _open_folder(
     recipe: Recipe,
     folder: Path,
+    data: DataReport,
     found: Path | None,
     calibrations: Sequence[tuple[Calibration, float]],
     *,
     overwrite: bool,
 ) -> None:
-    """Claim the output folder, and write down what is run and the text that it was calibrated on."""
+    """Claim the output folder, and write down what is run, on what, and the text it was calibrated on."""
     folders.claim(folder, overwrite=overwrite)
     step = files.step_of(found) if found is not None else 0
     files.set_aside_after(folder / "checkpoints", step)
     for name in ("metrics.jsonl", "statistics.jsonl"):
         cut_log(folder / name, step)
     atomic_write_json(folder / "recipe.resolved.json", _resolved(recipe, folder))
+    atomic_write_json(folder / "data.json", data.to_dict())
     about = {**environment.describe_environment(), "seed": recipe.training.seed}
     atomic_write_json(folder / "environment.json", about)
     for calibration, _ in calibrations:
@@ -235,7 +237,7 @@ def _make_trainer(
     recipe: Recipe,
     folder: Path,
     opened: Session,
-    data: tuple[Dataset, Dataset | None],
+    data: Datasets,
     found: Path | None,
     base: Path | None,
     stage: Stage,
@@ -262,7 +264,7 @@ def _make_trainer(
         sharded=opened.settings is not None,
         on_calibration=lambda *made: calibrations.append(made),
         factors=files.read_factors(kept_in, expected) if earlier is not None and whole else None,
-        examples=data[0],
+        examples=data.train,
         earlier=stage.earlier,
         shared=stage.calibration,
     )
@@ -272,14 +274,15 @@ def _make_trainer(
     if base is not None:
         on_main(lambda: require_names(model, base))
     # Only now is an earlier run deleted: what the recipe asks for fits the backbone.
-    on_main(lambda: _open_folder(recipe, folder, found, calibrations, overwrite=overwrite))
+    on_main(lambda: _open_folder(recipe, folder, data.report, found, calibrations, overwrite=overwrite))
     spared = sum(seconds for _, seconds in calibrations)
     calibrations.clear()  # the factors are in the model
     trainer = Trainer(
         model,
         opened.arguments,
         tokenizer,
-        *data,
+        data.train,
+        data.validation,
         checkpoints=checkpoints,
         keep=recipe.training.save_total_limit,
         reentrant=preflight.reentrant_checkpointing(opened.settings),

@@ -91,6 +91,8 @@ def test_backbone_adapter_and_checkpoint_are_told_apart(
         (["--adapter", "nowhere"], "--adapter nowhere holds no adapter_config.json"),
         (["--set", "evaluation.task=null", "--set", "evaluation.probes=[]"], "has nothing to evaluate"),
         (["--set", "evaluation.task.metric=blue"], "evaluation.task.metric"),
+        (["--out", "/"], "/ cannot be written"),
+        (["--out", "/dev/null/a.json"], "/dev/null/a.json cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

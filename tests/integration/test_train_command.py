@@ -205,6 +205,23 @@ def test_a_finished_run_is_not_lost(run: Run, capsys: pytest.CaptureFixture[str]
     assert adapter(Path("run"))["base_model.model.model.layers.0.self_attn.q_proj.secura_A"].shape == (5, 9)
 
 
+def test_a_run_on_other_examples_is_not_resumed(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(16)]
+    data, sources = tmp_path / "sums.jsonl", 'data.sources=[{"path": "sums.jsonl"}]'
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("run", sources, "training.max_steps=2") == 0
+    assert json.loads(Path("run/data.json").read_text())["sources"][0]["read"] == 16
+    data.write_text("".join(json.dumps(row | {"id": 1}) + "\n" for row in rows))
+    assert run("run", sources, "training.max_steps=2", "--resume") == 0
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[1:] + rows[:1]))
+    capsys.readouterr()
+    assert run("run", sources, "training.max_steps=2", "--resume") == 2
+    assert f"--resume: the examples of {data} are not those" in capsys.readouterr().err
+    assert run("run", sources, "training.max_steps=2", "--overwrite") == 0
+
+
 def test_another_batch_is_not_resumed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("run", "training.max_steps=2") == 0
     assert run("run", "training.max_steps=4", "training.micro_batch_size=1", "--resume") == 2

@@ -8,12 +8,12 @@ from typing import Any
 import adapter_toys as toys
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from secura_ds import SecuraConfig, UserError
-from secura_ds.adapter import save_adapter
+from secura_ds.adapter import load_adapter, save_adapter
 
 
 def refused(settings: dict[str, Any], base: nn.Module | None = None) -> str:
@@ -52,6 +52,23 @@ def test_calibration_is_missing_or_of_another_rank() -> None:
     base.model.layers[0].self_attn.q_proj.secura_factor = torch.randn(9, 64)
     message = refused({"selection": "calibrated"}, base)
     assert "(9, 64), but cur_rank and the layer want (8, 64)" in message
+
+
+@pytest.mark.parametrize("config", [toys.config(), LoraConfig(r=2, target_modules=["q_proj", "down_proj"])])
+def test_an_adapter_of_a_deeper_model_is_not_taken_in_part(tmp_path: Path, config: PeftConfig) -> None:
+    get_peft_model(toys.toy_llama(num_hidden_layers=3), config).save_pretrained(tmp_path)
+    load_adapter(toys.toy_llama(num_hidden_layers=3), tmp_path)
+    with pytest.raises(UserError, match=r"holds model\.layers\.2\..*, which .* has no place for"):
+        load_adapter(toys.toy_llama(num_hidden_layers=2), tmp_path)
+
+
+def test_an_adapter_for_each_row_is_refused() -> None:
+    model = toys.adapted()
+    model.add_adapter("second", toys.config())
+    assert torch.equal(model(toys.tokens(), adapter_names=None).logits, model(toys.tokens()).logits)
+    for call in (model, model.generate):
+        with pytest.raises(UserError, match="adapter_names, an adapter for each row of a batch, is not"):
+            call(input_ids=toys.tokens(), adapter_names=["default", "second"])
 
 
 def test_weights_that_cannot_learn() -> None:

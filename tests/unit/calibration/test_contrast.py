@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config, PretrainedConfig, Qwen2Config
 
 from secura_ds.adapter import SecuraConfig
+from secura_ds.adapter.model import secura_layers
 from secura_ds.calibration import calibrate, sensitivity, target_layers
 from secura_ds.calibration.factors import frozen
 from secura_ds.calibration.moments import input_groups
@@ -298,6 +299,17 @@ def test_what_contrast_cannot_do_is_said() -> None:
         for layer in target_layers(model, config_of()).values():
             layer.secura_factor = torch.ones(8, layer.in_features)
         get_peft_model(model, config_of())
+
+
+def test_what_another_mode_has_left_is_not_taken() -> None:
+    model, other = toy_llama(), config_of(calibration={"mode": "null"})
+    calibrate(model, toy_tokenizer(), config_of(), examples=EXAMPLES, progress=False)
+    with pytest.raises(UserError, match=r"mode is 'null', but .*q_proj was calibrated for 'contrast'"):
+        get_peft_model(model, other)
+    made = calibrate(model, toy_tokenizer(), other, progress=False).factors
+    adapted = get_peft_model(model, other)
+    for name, layer in secura_layers(adapted).items():
+        assert torch.equal(layer.secura_R["default"], made[name])
 
 
 def test_a_task_that_does_not_reach_a_layer_names_it() -> None:

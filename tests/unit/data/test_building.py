@@ -63,6 +63,25 @@ def test_a_validation_source_is_used_whole(tmp_path: Path) -> None:
     assert [(s.read, s.used) for s in report.sources] == [(6, 6), (6, 6)]
 
 
+def test_without_weights_every_example_is_used_once(tmp_path: Path) -> None:
+    a, b = (str(write_jsonl(tmp_path / f"{n}.jsonl", rows(n, number))) for n, number in (("a", 17), ("b", 3)))
+    train, _, report = build_datasets(recipe([{"path": a}, {"path": b}]), TOKENIZER)
+    assert [s.used for s in report.sources] == [17, 3]
+    assert len(set(answers(train))) == len(train) == 20
+
+
+def test_one_weight_asks_for_all(tmp_path: Path) -> None:
+    a, b = (str(write_jsonl(tmp_path / f"{name}.jsonl", rows(name, 3))) for name in "ab")
+    with pytest.raises(ValueError, match=r"sources\.1 has no weight, others have: give all of them one"):
+        DataRecipe.model_validate({"sources": [{"path": a, "weight": 2.0}, {"path": b}]})
+
+
+def test_fields_not_used_are_said(tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", [row | {"topic": "x"} for row in rows("a", 3)]))
+    _, _, report = build_datasets(recipe([{"path": path}]), TOKENIZER)
+    assert report.summary().endswith("a.jsonl: 3 read, 3 used; fields not used: topic")
+
+
 def test_weights_are_shares_of_an_epoch(tmp_path: Path) -> None:
     a, b = (str(write_jsonl(tmp_path / f"{name}.jsonl", rows(name, 10))) for name in "ab")
     sources = [{"path": a, "weight": 3.0}, {"path": b, "weight": 1.0}]

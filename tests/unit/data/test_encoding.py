@@ -52,6 +52,16 @@ def test_all_is_learnt_without_completion_only() -> None:
     assert learnt(PAIR, completion_only=False).startswith("<|im_start|>user\n2+2")
 
 
+def test_without_a_template_a_prompt_is_asked_as_it_is_learnt() -> None:
+    tokenizer = byte_tokenizer(template=None)
+    asked = [{"role": "user", "content": "2+2="}]
+    assert (
+        render_prompt(asked, tokenizer)
+        == render_prompt("2+2=", tokenizer)
+        == list(tokenizer("2+2=")["input_ids"])
+    )
+
+
 def test_without_a_template_pairs_are_joined_and_end() -> None:
     tokenizer = byte_tokenizer(template=None)
     encoded = encode(PAIR, tokenizer, max_length=1000)
@@ -122,3 +132,9 @@ def test_a_template_that_refuses_is_one_line() -> None:
 def test_a_conversation_needs_a_template() -> None:
     with pytest.raises(UserError, match="rows.jsonl:1: the backbone has no chat template"):
         encode(turns(("assistant", "a")), byte_tokenizer(template=None), max_length=1000)
+    with pytest.raises(UserError, match="rows.jsonl:2: the backbone has no chat template"):
+        render_prompt(
+            [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}],
+            byte_tokenizer(template=None),
+            "rows.jsonl:2",
+        )

@@ -10,6 +10,7 @@ import pytest
 from evaluation_toys import write_jsonl
 
 from secura_ds.data import load_examples
+from secura_ds.data.sources import load_source
 from secura_ds.errors import UserError
 from secura_ds.recipe import Source
 
@@ -27,6 +28,8 @@ def source(path: Path, **settings: Any) -> Source:
         ({"instruction": "Add.", "input": "2 2", "output": "4"}, ["Add.\n\n2 2", "4"]),
         ({"instruction": "Say four.", "input": "", "output": "4"}, ["Say four.", "4"]),
         ({"instruction": "Say four.", "output": "4"}, ["Say four.", "4"]),
+        (PAIR | {"system": "Be brief."}, ["Be brief.", "2+2", "4"]),
+        ({"instruction": "Four?", "output": "4", "system": ""}, ["Four?", "4"]),
         (
             {"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]},
             ["s", "a"],
@@ -42,6 +45,25 @@ def test_every_format_is_told_by_its_keys(tmp_path: Path, row: dict[str, Any], c
 def test_plain_text(tmp_path: Path) -> None:
     (example,) = load_examples(source(write_jsonl(tmp_path / "rows.jsonl", [{"text": "Once."}])))
     assert (example.text, example.messages) == ("Once.", ())
+
+
+def test_fields_of_which_nothing_is_made_are_named(tmp_path: Path) -> None:
+    rows = [PAIR | {"id": 1, "input": "x", "system": "s"}, PAIR | {"id": 2, "note": None, "score": 3}]
+    assert load_source(source(write_jsonl(tmp_path / "rows.jsonl", rows))).unused == ["id", "input", "score"]
+    text = load_source(source(write_jsonl(tmp_path / "text.jsonl", [{"text": "Once.", "system": "s"}])))
+    assert text.unused == ["system"]
+
+
+def test_a_fingerprint_is_of_what_is_said(tmp_path: Path) -> None:
+    def fingerprint(name: str, *rows: dict[str, Any]) -> str:
+        return load_source(source(write_jsonl(tmp_path / name, rows))).fingerprint()
+
+    other = {"prompt": "2+3", "completion": "5"}
+    first = fingerprint("a.jsonl", PAIR, other)
+    assert first == fingerprint("b.jsonl", PAIR | {"id": 4}, other)
+    changed = [[other, PAIR], [PAIR], [PAIR, PAIR], [PAIR, other | {"completion": "6"}]]
+    assert len({first, *(fingerprint("c.jsonl", *rows) for rows in changed)}) == 5
+    assert fingerprint("d.jsonl", {"text": "a"}) != fingerprint("e.jsonl", {"text": "b"})
 
 
 def test_jsonl_json_and_parquet_give_the_same_examples(tmp_path: Path) -> None:

@@ -142,6 +142,16 @@ def test_the_document_has_all_measurements(tmp_path: Path, monkeypatch: pytest.M
     ]  # fmt: skip
 
 
+def test_a_backbone_without_a_template_is_asked_as_it_learns(tmp_path: Path) -> None:
+    rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "a, b,", "completion": " c"}]
+    recipe = EvaluationRecipe.model_validate({"task": {"path": str(write_jsonl(tmp_path / "t.jsonl", rows))}})
+    tokenizer = byte_tokenizer(template=None)
+    asked = [list(tokenizer(row["prompt"])["input_ids"]) for row in rows]
+    expected = generate(MODEL, tokenizer, asked, recipe.task.max_new_tokens, 2, progress=False)
+    examples = evaluate(MODEL, tokenizer, recipe, progress=False)["task"]["examples"]
+    assert [example["answer"] for example in examples] == expected
+
+
 def test_a_task_row_without_an_answer_is_an_error(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "task.jsonl", [{"text": "only"}])
     recipe = EvaluationRecipe.model_validate({"task": {"path": str(path)}})

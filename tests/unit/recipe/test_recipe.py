@@ -171,6 +171,10 @@ def test_another_method_has_its_own_keys(recipe: Path) -> None:
     assert _problems(recipe, 'adapter={"method": "lora", "cur_rank": 8}') == [
         "adapter.cur_rank from --set is no known key; did you mean rank?"
     ]
+    assert _problems(recipe, 'adapter={"method": "lora", "smagnorm": {}, "selection": "least"}') == [
+        "adapter.smagnorm from --set is no known key; it belongs to secura, not to lora",
+        "adapter.selection from --set is no known key; it belongs to secura, cabr, not to lora",
+    ]
 
 
 def test_settings_without_effect_are_warned_of(recipe: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from secura_ds.data import DataReport, SourceReport
 from secura_ds.errors import UserError
 from secura_ds.training import folder as folders
 
@@ -67,6 +68,18 @@ def test_another_recipe_is_not_continued(tmp_path: Path) -> None:
     other = {**before, "adapter": {"cur_rank": 16}}
     with pytest.raises(UserError, match="adapter.cur_rank is 16, but .* started with 8"):
         folders.check_same_run(tmp_path / "recipe.resolved.json", other)
+
+
+def test_changed_examples_are_not_continued(tmp_path: Path) -> None:
+    def report(*said: str) -> DataReport:
+        sources = [SourceReport(f"{n}.jsonl", 5, 0, 0, [], text) for n, text in enumerate(said)]
+        return DataReport(sources=sources)
+
+    (tmp_path / "data.json").write_text(json.dumps(report("one", "two").to_dict()))
+    folders.check_same_data(tmp_path / "data.json", report("one", "two"))
+    with pytest.raises(UserError, match=r"--resume: the examples of 1\.jsonl are not those .* --overwrite"):
+        folders.check_same_data(tmp_path / "data.json", report("one", "changed"))
+    folders.check_same_data(tmp_path / "none.json", report("other"))
 
 
 def test_a_run_that_was_moved_with_its_data_is_the_same(tmp_path: Path) -> None:
