@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from secura_ds.errors import UserError
-from secura_ds.files import atomic_write_json, explained
+from secura_ds.files import atomic_write_json, check_writable, explained
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,17 @@ def test_a_path_below_a_file_and_one_that_is_a_folder(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="choose another path"):
             atomic_write_json(path, {})
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_is_tried_before_the_work(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "a.json")
+    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "file").write_text("kept")
+    check_writable(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    for path in (tmp_path / "file" / "a.json", tmp_path):
+        with pytest.raises(UserError, match="choose another path"):
+            check_writable(path)
 
 
 def test_other_errors_pass_through(tmp_path: Path) -> None:
