@@ -81,9 +81,10 @@ def _solve(
     solved: dict[str, tuple[Tensor, Tensor]] = {}
     for group, of_text, of_task in zip(groups, general, task, strict=True):
         if of_text is not None and of_task is not None:
+            shared: dict[int, Tensor] = {}
             for name in group.names:
                 try:
-                    solved[name] = _factors(name, of_text, of_task, len(layers), config)
+                    solved[name] = _factors(name, of_text, of_task, len(layers), config, shared)
                 except (ValueError, torch.linalg.LinAlgError) as error:
                     problems.append(f"{name}: {error}")
                 bar.update()
@@ -99,10 +100,17 @@ def _solve(
 
 
 def _factors(
-    name: str, general: Sensitivity, task: Sensitivity, num_layers: int, config: SecuraConfig
+    name: str,
+    general: Sensitivity,
+    task: Sensitivity,
+    num_layers: int,
+    config: SecuraConfig,
+    shared: dict[int, Tensor],
 ) -> tuple[Tensor, Tensor]:
+    """R and C of one layer; `shared` holds R by r, for the layers with the same input."""
     r = by_layer(config.rank_pattern, name, config.cur_rank)
     floor = config.calibration["floor"]
-    R = calibrated.contrast(task.inputs, general.inputs, r, floor).T.contiguous()
+    if r not in shared:
+        shared[r] = calibrated.contrast(task.inputs, general.inputs, r, floor).T.contiguous()
     C = calibrated.contrast(task.gradients[name], general.gradients[name], r, floor)
-    return R, C.mul_(calibrated.contrast_scale(r, num_layers))
+    return shared[r].clone(), C.mul_(calibrated.contrast_scale(r, num_layers))

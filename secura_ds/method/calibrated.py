@@ -42,6 +42,13 @@ def decompose(second_moment: Tensor) -> Spectrum:
     Raises:
         ValueError: S is not square, not finite, or all zero.
     """
+    _check_moment(second_moment)
+    values, vectors = torch.linalg.eigh(second_moment.to(compute_dtype(second_moment)))
+    peaks = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return Spectrum(values.clamp_(min=0), vectors.mul_(torch.where(peaks < 0, -1.0, 1.0)))
+
+
+def _check_moment(second_moment: Tensor) -> None:
     if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
         raise ValueError(f"the second moment is {tuple(second_moment.shape)}: it must be square")
     if not bool(torch.isfinite(second_moment).all()):
@@ -50,9 +57,6 @@ def decompose(second_moment: Tensor) -> Spectrum:
         raise ValueError(
             f"the second moment {tuple(second_moment.shape)} is all zero: the layer had no input"
         )
-    values, vectors = torch.linalg.eigh(second_moment.to(compute_dtype(second_moment)))
-    peaks = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    return Spectrum(values.clamp_(min=0), vectors.mul_(torch.where(peaks < 0, -1.0, 1.0)))
 
 
 def mean_row_norm(weight: Tensor) -> float:
@@ -120,10 +124,14 @@ def contrast(task: Tensor, general: Tensor, rank: int, floor: float = 0.03) -> T
         ValueError: `rank` is out of bounds, or a moment is not square, not finite, or all zero.
     """
     check_rank(rank, *general.shape)
-    spectrum = decompose(general)
-    whitening = spectrum.vectors * (spectrum.values + floor * spectrum.values.mean()).rsqrt()
-    ratios = decompose(whitening.T @ task.to(whitening.dtype) @ whitening)
-    X = whitening @ ratios.vectors[:, -rank:].flip(1)
+    for moment in (task, general):
+        _check_moment(moment)
+    raised = general.to(compute_dtype(general), copy=True)
+    raised.diagonal().add_(floor * raised.diagonal().mean())
+    L = torch.linalg.cholesky(raised)
+    half = torch.linalg.solve_triangular(L, task.to(L.dtype), upper=False)
+    ratios = decompose(torch.linalg.solve_triangular(L, half.T, upper=False))
+    X = torch.linalg.solve_triangular(L.T, ratios.vectors[:, -rank:].flip(1), upper=True)
     return X.float().contiguous()
 
 
