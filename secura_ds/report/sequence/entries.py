@@ -16,6 +16,8 @@ from secura_ds.report.sequence.folder import Measured, Probe, ResultsFolder, Tas
 from secura_ds.report.verdict import METHOD_NAMES
 
 STRATEGY_NAMES = {"seq": "", "er": "replay", "ewc": "EWC", "i-lora": "I-LoRA", "protect": "protection"}
+MOST_SETTINGS = 2
+"""That a line's name has room for."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,10 @@ def _title(entry: Entry) -> str:
 
 
 def lines(found: Sequence[Entry]) -> list[Line]:
-    """Entries grouped by all but their learning rate, each named by its method and what sets it apart."""
+    """Entries grouped by all but their learning rate, each named by its method and what sets it apart.
+
+    Where that is more than a name has room for, it is the recipe's own name.
+    """
     groups: dict[str, list[Entry]] = {}
     for entry in found:
         groups.setdefault(_without_rate(entry.first), []).append(entry)
@@ -225,9 +230,8 @@ def _line_labels(firsts: Sequence[Entry]) -> list[str]:
             for key, value in mine.items()
             if any(other.get(key) != value for other in alike)
         ]
-        labels.append(", ".join([name, *apart[:3]]))
-    if len(set(labels)) < len(labels):
-        return [entry.label.removesuffix(f", {entry.first.learning_rate:g}") for entry in firsts]
+        own = entry.label.removesuffix(f", {entry.first.learning_rate:g}")
+        labels.append(", ".join([name, *apart]) if len(apart) <= MOST_SETTINGS else own)
     return labels
 
 

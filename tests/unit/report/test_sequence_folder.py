@@ -87,6 +87,14 @@ def test_entries_of_one_method_make_a_line_by_rising_rate(tmp_path: Path) -> Non
     assert [entry.first.learning_rate for entry in found[0].entries] == [1e-4, 1e-3]
 
 
+def test_lines_that_differ_in_much_have_the_recipes_names(tmp_path: Path) -> None:
+    folder = make_frontier(tmp_path / "r", methods=2, rates=(1e-3, 1e-4))
+    wide = {"rank": 16, "alpha": 8.0, "dropout": 0.1}
+    edit(folder, lambda d: d["sequences"][-1].update(settings=wide, entry="lora-wide, 0.0001"))
+    labels = [line.label for line in lines(entries([read_results(folder)]))]
+    assert len(labels) == 3 and labels[0] == "SECURA" and labels[2] == "lora-wide"
+
+
 def test_strategies_that_differ_in_a_setting_are_lines_of_their_own(tmp_path: Path) -> None:
     folder = make_frontier(tmp_path / "r", methods=2, rates=(1e-3, 1e-4))
     for place, penalty in ((-1, 10.0), (-2, 1000.0)):
