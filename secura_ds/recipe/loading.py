@@ -208,7 +208,8 @@ def _nearest(location: Location, document: type[BaseModel]) -> str:
     siblings = [key[-1] for key in known if list(key[:-1]) == path[:-1]]
     if matches := difflib.get_close_matches(path[-1], siblings, n=1):
         return f"; did you mean {matches[0]}?"
-    if others := [key[-2] for key in known if key[:-2] == tuple(path[:-2]) and key[-1] == path[-1]]:
+    tagged = len(path) > 1 and path[-2] in _ALL_TAGS
+    if tagged and (others := [key[-2] for key in known if (*key[:-2], key[-1]) == (*path[:-2], path[-1])]):
         return f"; it belongs to {', '.join(others)}, not to {path[-2]}"
     if elsewhere := [key for key in known if key[-1] == path[-1]]:
         return f"; did you mean {'.'.join(part for part in elsewhere[0] if part not in _ALL_TAGS)}?"

@@ -171,6 +171,10 @@ def test_another_method_has_its_own_keys(recipe: Path) -> None:
     assert _problems(recipe, 'adapter={"method": "lora", "cur_rank": 8}') == [
         "adapter.cur_rank from --set is no known key; did you mean rank?"
     ]
+    assert _problems(recipe, "backbone.learning_rate=1", "epochs=1") == [
+        "backbone.learning_rate from --set is no known key; did you mean training.learning_rate?",
+        "epochs from --set is no known key; did you mean training.epochs?",
+    ]
     assert _problems(recipe, 'adapter={"method": "lora", "smagnorm": {}, "selection": "least"}') == [
         "adapter.smagnorm from --set is no known key; it belongs to secura, not to lora",
         "adapter.selection from --set is no known key; it belongs to secura, cabr, not to lora",
