@@ -350,6 +350,10 @@ def test_examples_are_shown(run: Run, capsys: pytest.CaptureFixture[str]) -> Non
     assert out.count("learnt  ") == 2
     assert run("run", "--show-examples=0") == 0
     assert "40 read" in capsys.readouterr().out
+    for wrong in ("-3", "two"):
+        with pytest.raises(SystemExit, match="2"):
+            run("run", f"--show-examples={wrong}")
+        assert f"--show-examples: '{wrong}' is no number from 0 on" in capsys.readouterr().err
     assert not Path("run").exists()
 
 

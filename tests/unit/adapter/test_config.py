@@ -36,6 +36,7 @@ def test_relative_eps_takes_the_place_of_the_default() -> None:
         ({"inner_rank": 1.5}, "inner_rank is 1.5: an integer of at least 1"),
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern['q_proj'] is -1: an integer of at least 1"),
         ({"fold_every": -1}, "fold_every is -1: an integer of at least 0"),
+        ({"seed": "x"}, "seed is 'x': an integer of at least 0"),
         ({"scaling": float("nan")}, "scaling is nan: a finite number"),
         ({"smagnorm": {"aply": "merge"}}, "smagnorm has no setting 'aply'"),
         ({"smagnorm": {"apply": "always"}}, "smagnorm.apply is 'always'"),
