@@ -59,16 +59,20 @@ def toy_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 
 
 def calibrate_all_modes(model: LlamaForCausalLM, folder: Path) -> dict[str, Tensor]:
-    """Factors of every mode and the text, under flat names; the first mode lets the model write the text."""
+    """Factors of every mode and the text, under flat names; the first mode lets the model write the text.
+
+    The last is contrast with so few tokens that layers of width 96 keep rows.
+    """
     result: dict[str, Tensor] = {}
     saved = None
-    for mode in ("null", "rows", "project", "whiten", "contrast"):
+    runs = [(mode, 500) for mode in ("null", "rows", "project", "whiten", "contrast")] + [("contrast", 40)]
+    for mode, num_tokens in runs:
         config = SecuraConfig(
             cur_rank=8,
             inner_rank=12,
             selection="calibrated",
             target_modules="all-linear",
-            calibration={"mode": mode, "num_tokens": 500},
+            calibration={"mode": mode, "num_tokens": num_tokens},
         )
         made = calibrate(
             model,
@@ -83,6 +87,6 @@ def calibrate_all_modes(model: LlamaForCausalLM, folder: Path) -> dict[str, Tens
             saved = folder / "calibration.jsonl"
             made.save(saved)
             result["token_ids"] = made.token_ids
-        result |= {f"{mode}.{name}": R for name, R in made.factors.items()}
-        result |= {f"{mode}.{name}.C": C for name, C in made.outputs.items()}
+        result |= {f"{mode}-{num_tokens}.{name}": R for name, R in made.factors.items()}
+        result |= {f"{mode}-{num_tokens}.{name}.C": C for name, C in made.outputs.items()}
     return result

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from secura_ds.adapter.config import SecuraConfig, by_layer
-from secura_ds.calibration.moments import InputGroup, owners, within_memory
+from secura_ds.calibration.moments import InputGroup, Moment, moment_bytes, owners, within_memory
 from secura_ds.calibration.ranks import broadcast, raise_together, turns
-from secura_ds.calibration.sensitivity import Batch, Sensitivity, sensitivities
-from secura_ds.method import calibrated
+from secura_ds.calibration.sensitivity import Batch, Sensitivity, num_tokens, sensitivities
+from secura_ds.method.contrast import contrast, contrast_of_rows, contrast_scale
 
 
 def contrast_factors(
@@ -40,11 +40,16 @@ def contrast_factors(
         UserError: an unknown family; a layer that general text or the task does not reach.
     """
     device = general[0].ids.device
+    tokens = [num_tokens(batches) for batches in (general, task, earlier) if batches]
 
-    def widths(group: InputGroup) -> list[int]:
-        return 2 * [group.leader.in_features, *(layers[name].out_features for name in group.names)]
+    def keeps_rows(width: int) -> bool:
+        return sum(tokens) <= width
 
-    runs = list(within_memory(groups, memory_limit, widths))
+    def size(group: InputGroup) -> int:
+        widths = [group.leader.in_features, *(layers[name].out_features for name in group.names)]
+        return sum(moment_bytes(width, n, keeps_rows(width)) for width in widths for n in tokens)
+
+    runs = list(within_memory(groups, memory_limit, size))
     passes = sum(len(turns(len(batches))) for batches in (general, task, earlier))
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -52,10 +57,11 @@ def contrast_factors(
         for run in runs:
             owner = owners(run)
             of_text, of_task = (
-                sensitivities(model, run, layers, owner, batches, bar) for batches in (general, task)
+                sensitivities(model, run, layers, owner, batches, bar, keeps_rows)
+                for batches in (general, task)
             )
             if earlier:
-                of_earlier = sensitivities(model, run, layers, owner, earlier, bar)
+                of_earlier = sensitivities(model, run, layers, owner, earlier, bar, keeps_rows)
                 pairs = zip(of_text, of_earlier, strict=True)
                 of_text = [a.averaged(b) if a is not None and b is not None else a for a, b in pairs]
             _solve(run, owner, of_text, of_task, layers, config, (inputs, outputs), device, bar)
@@ -111,6 +117,11 @@ def _factors(
     r = by_layer(config.rank_pattern, name, config.cur_rank)
     floor = config.calibration["floor"]
     if r not in shared:
-        shared[r] = calibrated.contrast(task.inputs, general.inputs, r, floor).T.contiguous()
-    C = calibrated.contrast(task.gradients[name], general.gradients[name], r, floor)
-    return shared[r].clone(), C.mul_(calibrated.contrast_scale(r, num_layers))
+        shared[r] = _directions(task.inputs, general.inputs, r, floor).T.contiguous()
+    C = _directions(task.gradients[name], general.gradients[name], r, floor)
+    return shared[r].clone(), C.mul_(contrast_scale(r, num_layers))
+
+
+def _directions(task: Moment, general: Moment, rank: int, floor: float) -> Tensor:
+    compute = contrast_of_rows if task.is_rows else contrast
+    return compute(task.values, general.values, rank, floor)

@@ -156,7 +156,7 @@ def _input_factors(
 ) -> dict[str, Tensor]:
     """R of every layer from the second moments of inputs alone, on CPU."""
     factors: dict[str, Tensor] = {}
-    runs = list(within_memory(groups, memory_limit, lambda group: [group.leader.in_features]))
+    runs = list(within_memory(groups, memory_limit, lambda group: 8 * group.leader.in_features**2))
     num_forwards = len(turns(len(ids.split(FORWARD_BATCH))))
     total = num_forwards * len(runs) + len(layers)
     with tqdm(total=total, desc="calibration: factors", disable=not show) as bar:

@@ -1,7 +1,8 @@
-"""Second moments S = E[x x^T] of the inputs of linear layers, in bounded memory (method.md section 7)."""
+"""Second moments S = E[x x^T] of what layers take and give, in bounded memory (method.md section 7)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -59,23 +60,69 @@ def input_groups(body: nn.Module, layers: Mapping[str, nn.Linear], token_ids: Te
     return groups
 
 
-def within_memory(
-    groups: Sequence[InputGroup], memory_limit: int, widths: Callable[[InputGroup], Sequence[int]]
-) -> Iterator[list[InputGroup]]:
-    """Cut `groups` into runs whose moments, in double, fit `memory_limit` bytes; one at least.
+class Moment(NamedTuple):
+    """A second moment (n, n) in fp32: itself, or rows X (tokens, n) with X^T X equal to it."""
+
+    values: Tensor
+    is_rows: bool
+
+    def averaged(self, other: Moment) -> Moment:
+        """The mean of this and another one that is kept in the same way."""
+        if self.is_rows:
+            return Moment(torch.cat([self.values, other.values]).div_(math.sqrt(2)), True)
+        return Moment((self.values + other.values) / 2, False)
+
+
+class Sum:
+    """A second moment that is being added up: products in double, or rows where they are fewer than `width`.
 
     Args:
-        widths: of the moments of a group, each (width, width).
+        width: n, of the vectors.
+        num_rows: how many vectors come.
+        keep_rows: whether to keep them in place of their products.
+    """
+
+    def __init__(self, width: int, num_rows: int, keep_rows: bool, device: torch.device) -> None:
+        self._keeps_rows = keep_rows
+        shape, dtype = ((num_rows, width), torch.float32) if keep_rows else ((width, width), torch.float64)
+        self.total = torch.zeros(shape, dtype=dtype, device=device)
+
+    def add(self, vectors: Tensor, start: int) -> None:
+        """Count `vectors` (k, n), of which the first is number `start` of all."""
+        if self._keeps_rows:
+            self.total[start : start + len(vectors)] = vectors.detach()
+        else:
+            add_products(self.total, vectors)
+
+    def mean(self, count: int) -> Moment:
+        """The moment as a mean over `count` vectors; what was added up is used for it."""
+        if self._keeps_rows:
+            return Moment(self.total.div_(math.sqrt(count)), True)
+        return Moment(symmetric(self.total, count), False)
+
+
+def moment_bytes(width: int, num_rows: int, keep_rows: bool) -> int:
+    """What a `Sum` takes."""
+    return 4 * num_rows * width if keep_rows else 8 * width**2
+
+
+def within_memory(
+    groups: Sequence[InputGroup], memory_limit: int, size: Callable[[InputGroup], int]
+) -> Iterator[list[InputGroup]]:
+    """Cut `groups` into runs whose moments fit `memory_limit` bytes; one group at least.
+
+    Args:
+        size: bytes of the moments of a group.
     """
     run: list[InputGroup] = []
     held = 0
     for group in groups:
-        size = sum(8 * width**2 for width in widths(group))
-        if run and held + size > memory_limit:
+        needed = size(group)
+        if run and held + needed > memory_limit:
             yield run
             run, held = [], 0
         run.append(group)
-        held += size
+        held += needed
     yield run
 
 

@@ -8,8 +8,9 @@ block's activations exist.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from secura_ds import sharding
 from secura_ds.backbones.head import computes_summed_loss, summed_cross_entropy
-from secura_ds.calibration.moments import FORWARD_BATCH, InputGroup, add_products, symmetric
+from secura_ds.calibration.moments import FORWARD_BATCH, InputGroup, Moment, Sum
 from secura_ds.calibration.ranks import rank_and_world, sum_to, turns
 from secura_ds.data.encoding import IGNORED
 from secura_ds.errors import UserError
@@ -36,17 +37,22 @@ class Batch(NamedTuple):
 
 
 class Sensitivity(NamedTuple):
-    """Second moments of one group of layers with the same input, in fp32."""
+    """Second moments of one group of layers with the same input."""
 
-    inputs: Tensor
+    inputs: Moment
     """S (in, in), mean over tokens."""
-    gradients: dict[str, Tensor]
+    gradients: dict[str, Moment]
     """F (out, out) of each layer, by name, mean over learnt tokens."""
 
     def averaged(self, other: Sensitivity) -> Sensitivity:
         """What leaves both alone, by halves: a sum would make every direction dearer, and rates too low."""
-        gradients = {name: (F + other.gradients[name]) / 2 for name, F in self.gradients.items()}
-        return Sensitivity((self.inputs + other.inputs) / 2, gradients)
+        gradients = {name: F.averaged(other.gradients[name]) for name, F in self.gradients.items()}
+        return Sensitivity(self.inputs.averaged(other.inputs), gradients)
+
+
+def num_tokens(batches: Sequence[Batch]) -> int:
+    """Real tokens of `batches`: the rows of every moment of them."""
+    return sum(int(batch.mask.sum()) for batch in batches)
 
 
 def text_batches(token_ids: Tensor) -> list[Batch]:
@@ -98,59 +104,62 @@ def sensitivities(
     owner: Sequence[int],
     batches: Sequence[Batch],
     bar: tqdm,
+    keeps_rows: Callable[[int], bool] = lambda width: False,
 ) -> list[Sensitivity | None]:
     """S and F of each group on the rank that owns it, None elsewhere. Collective: the ranks share batches.
 
     Products are formed in fp32 and added up in double, so that the sums have the same bits for any number
-    of ranks.
+    of ranks; so have rows, each of which one rank fills in.
+
+    Args:
+        keeps_rows: whether a moment of that width is kept as rows.
 
     Raises:
         UserError: of this model's family it is not known what comes between its blocks and its loss.
     """
     rank, _ = rank_and_world()
     blocks = decoder_blocks(model)
-    device = batches[0].ids.device
-    of_inputs = {g.names[0]: _zeros(g.leader.in_features, device) for g in groups}
-    of_gradients = {n: _zeros(layers[n].out_features, device) for g in groups for n in g.names}
+    device, tokens = batches[0].ids.device, num_tokens(batches)
+
+    def empty(width: int) -> Sum:
+        return Sum(width, tokens, keeps_rows(width), device)
+
+    of_inputs = {g.names[0]: empty(g.leader.in_features) for g in groups}
+    of_gradients = {n: empty(layers[n].out_features) for g in groups for n in g.names}
     leaders = {id(g.leader): g.names[0] for g in groups}
     names = {id(layers[n]): n for n in of_gradients}
-    mask, counting = torch.empty(0), True
+    starts = [0, *accumulate(num_tokens([batch]) for batch in batches)]
+    mask, start, counting = torch.empty(0), 0, True
 
     def visit(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not (counting and output.requires_grad):
             return
-        real = mask  # the hook below runs in the backward pass of the same batch
+        real, first = mask, start  # the hook below runs in the backward pass of the same batch
         if id(module) in leaders:
-            add_products(of_inputs[leaders[id(module)]], inputs[0][real])
+            of_inputs[leaders[id(module)]].add(inputs[0][real], first)
         total = of_gradients[names[id(module)]]
-        output.register_hook(lambda gradient: add_products(total, gradient[real]))
+        output.register_hook(lambda gradient: total.add(gradient[real], first))
 
     handles = [layers[name].register_forward_hook(visit) for name in of_gradients]
     try:
         for index, counting in turns(len(batches)):  # noqa: B007 - read by the hook
-            mask = batches[index].mask.bool()
+            mask, start = batches[index].mask.bool(), starts[index]
             _differentiate(model, blocks, batches[index])
             bar.update()
     finally:
         for handle in handles:
             handle.remove()
-    tokens = sum(int(batch.mask.sum()) for batch in batches)
     learnt = sum(int((batch.targets != IGNORED).sum()) for batch in batches)
     found: list[Sensitivity | None] = []
     for group, destination in zip(groups, owner, strict=True):
         sums = [of_inputs[group.names[0]], *(of_gradients[name] for name in group.names)]
         for total in sums:
-            sum_to(total, destination)
+            sum_to(total.total, destination)
         found.append(None)
         if destination == rank:
-            S = symmetric(sums[0], tokens)
-            F = {n: symmetric(total, learnt) for n, total in zip(group.names, sums[1:], strict=True)}
-            found[-1] = Sensitivity(S, F)
+            F = {n: total.mean(learnt) for n, total in zip(group.names, sums[1:], strict=True)}
+            found[-1] = Sensitivity(sums[0].mean(tokens), F)
     return found
-
-
-def _zeros(width: int, device: torch.device) -> Tensor:
-    return torch.zeros(width, width, dtype=torch.float64, device=device)
 
 
 def decoder_blocks(model: Any) -> nn.ModuleList:

@@ -1,17 +1,11 @@
-"""Factors from what excites a layer: second moments of its inputs and of its outputs' gradients.
+"""R from what excites a layer: the second moment S = E[x x^T] (in, in) of its inputs (method.md section 7).
 
-S = E[x x^T] (in, in) of the inputs gives R (method.md section 7). Mode "contrast" goes further: it also takes
-F = E[g g^T] (out, out), g the gradient of the loss by the layer's output, and both of general text and of the
-task. To second order, with input and gradient taken as independent (K-FAC, arXiv 1503.05671), an update D
-changes the loss of general text by tr(F D S D^T) / 2 a token. C and R are the directions in which the task
-asks most for each unit of that.
-
-Shapes: weight (out, in), C (out, r), R (r, in) in fp32. Related: LoRA-Null (arXiv 2503.02659), CorDA and OSF.
+Shapes: weight (out, in), R (r, in) in fp32. Related: LoRA-Null (arXiv 2503.02659), CorDA and OSF. Mode
+"contrast", which looks at gradients and at the task as well, is in `contrast`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,13 +14,10 @@ from torch import Tensor
 from secura_ds.method.cabr import compute_dtype, row_blocks
 from secura_ds.method.cur import check_rank, least_important
 
-Mode = Literal["null", "rows", "project", "whiten", "contrast"]
+Mode = Literal["null", "rows", "project", "whiten"]
 
 # Share of the mean eigenvalue that keeps whitening from amplifying directions that were hardly sampled.
 _WHITEN_FLOOR = 0.01
-# Root of the loss, in nats a token times two, that all layers' updates of norm 1 cost together. It only sets
-# the unit of learning rates: with it they lie where those of LoRA do.
-_CONTRAST_SCALE = 10.0
 
 
 class Spectrum(NamedTuple):
@@ -42,21 +33,26 @@ def decompose(second_moment: Tensor) -> Spectrum:
     Raises:
         ValueError: S is not square, not finite, or all zero.
     """
-    _check_moment(second_moment)
+    check_moment(second_moment)
     values, vectors = torch.linalg.eigh(second_moment.to(compute_dtype(second_moment)))
     peaks = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
     return Spectrum(values.clamp_(min=0), vectors.mul_(torch.where(peaks < 0, -1.0, 1.0)))
 
 
-def _check_moment(second_moment: Tensor) -> None:
+def check_moment(second_moment: Tensor) -> None:
+    """Raise ValueError unless a second moment is square, finite and not all zero."""
     if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
         raise ValueError(f"the second moment is {tuple(second_moment.shape)}: it must be square")
-    if not bool(torch.isfinite(second_moment).all()):
-        raise ValueError(f"the second moment {tuple(second_moment.shape)} holds values that are not finite")
-    if not bool(second_moment.any()):
-        raise ValueError(
-            f"the second moment {tuple(second_moment.shape)} is all zero: the layer had no input"
-        )
+    check_values(second_moment)
+
+
+def check_values(*moments: Tensor) -> None:
+    """Raise ValueError unless second moments, or the rows that they are of, are finite and not all zero."""
+    for moment in moments:
+        if not bool(torch.isfinite(moment).all()):
+            raise ValueError(f"the second moment {tuple(moment.shape)} holds values that are not finite")
+        if not bool(moment.any()):
+            raise ValueError(f"the second moment {tuple(moment.shape)} is all zero: the layer had no input")
 
 
 def mean_row_norm(weight: Tensor) -> float:
@@ -108,40 +104,6 @@ def whiten(rows: Tensor, spectrum: Spectrum) -> Tensor:
     floor = _WHITEN_FLOOR * spectrum.values.mean()
     V = spectrum.vectors
     return ((rows @ V) * (spectrum.values + floor).rsqrt()) @ V.T
-
-
-def contrast(task: Tensor, general: Tensor, rank: int, floor: float = 0.03) -> Tensor:
-    """The `rank` directions of largest (x^T task x) / (x^T general x), in columns: X (n, rank) in fp32.
-
-    Generalised eigenvectors, largest ratio first, with X^T (general + floor) X = 1.
-
-    Args:
-        task, general: second moments (n, n) of the same inputs or gradients.
-        floor: as a share of general's mean eigenvalue; general text is taken to need every direction that
-            much, since what it seldom calls for lies there, too.
-
-    Raises:
-        ValueError: `rank` is out of bounds, or a moment is not square, not finite, or all zero.
-    """
-    check_rank(rank, *general.shape)
-    for moment in (task, general):
-        _check_moment(moment)
-    raised = general.to(compute_dtype(general), copy=True)
-    raised.diagonal().add_(floor * raised.diagonal().mean())
-    L = torch.linalg.cholesky(raised)
-    half = torch.linalg.solve_triangular(L, task.to(L.dtype), upper=False)
-    ratios = decompose(torch.linalg.solve_triangular(L, half.T, upper=False))
-    X = torch.linalg.solve_triangular(L.T, ratios.vectors[:, -rank:].flip(1), upper=True)
-    return X.float().contiguous()
-
-
-def contrast_scale(rank: int, num_layers: int) -> float:
-    """Factor of C with which learning rates carry over to other ranks and numbers of layers.
-
-    A step of Adam moves each of the r^2 entries of the core by about the learning rate eta, and the cost of
-    C X R, for C and R of `contrast`, is ||X||^2 / 2 a layer: r^2 eta^2 / 2 in each of `num_layers`.
-    """
-    return _CONTRAST_SCALE / (rank * math.sqrt(num_layers))
 
 
 def factors(

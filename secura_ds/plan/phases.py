@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from secura_ds.adapter import secura_layers
 from secura_ds.backbones.head import chunk_bytes
 from secura_ds.calibration.factors import MEMORY_LIMIT
-from secura_ds.calibration.moments import FORWARD_BATCH
+from secura_ds.calibration.moments import FORWARD_BATCH, moment_bytes
 from secura_ds.calibration.text import GENERATION_BATCH, SEQUENCE_LENGTH
 from secura_ds.plan.disk import backbone_elements, backbone_parameters, count, trained_bytes
 from secura_ds.plan.parts import FP32, AtRest
@@ -25,7 +25,32 @@ FP64 = 8
 PROCESS = int(1.5 * 2**30)  # main memory of a process before it holds a tensor: Python, PyTorch, CUDA's part
 SAMPLING = 21  # bytes per entry of the vocabulary while a token is drawn: fp32 and fp64 copies, and a mask
 SOLVING = 5  # fp32 matrices (in, in) that an eigen-decomposition holds: input, vectors, workspace, a copy
+SOLVING_ROWS = 8  # fp64 matrices (tokens, tokens) that contrast of rows holds: products, factors, workspace
 SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+
+
+class Kept(NamedTuple):
+    """A second moment (width, width): its products, or `rows` vectors where they are kept in their place."""
+
+    width: int
+    rows: int = 0
+
+    @property
+    def measured(self) -> int:
+        """Bytes while text runs."""
+        return moment_bytes(self.width, self.rows, keep_rows=self.rows > 0)
+
+    @property
+    def solved(self) -> int:
+        """Bytes of what is decomposed, with its eigenvectors."""
+        return FP32 * self.rows * self.width if self.rows else 2 * FP32 * self.width**2
+
+    @property
+    def solving(self) -> int:
+        """Bytes that its decomposition takes beside that."""
+        if self.rows:
+            return 2 * FP64 * self.rows * self.width + SOLVING_ROWS * FP64 * self.rows**2
+        return SOLVING * FP32 * self.width**2
 
 
 class Subject(NamedTuple):
@@ -129,7 +154,7 @@ def _measuring(subject: Subject) -> int:
     config = subject.config.get_text_config()
     tokens = FORWARD_BATCH * min(SEQUENCE_LENGTH, config.max_position_embeddings)
     passing = tokens * (4 * config.hidden_size + 3 * config.intermediate_size) * _itemsize(subject)
-    widened = FP32 * tokens * max(map(max, groups))
+    widened = FP32 * tokens * _widest(groups)
     return _held(groups) + passing + widened + _whole(subject, keep=0)
 
 
@@ -142,7 +167,7 @@ def _differentiating(subject: Subject) -> int:
     kept = tokens * config.hidden_size * (config.num_hidden_layers + 2)
     passing = tokens * (16 * config.hidden_size + 8 * config.intermediate_size)
     loss = chunk_bytes(tokens, config.vocab_size, _itemsize(subject), softcap=_softcap(config))
-    widened = FP32 * tokens * max(map(max, groups))
+    widened = FP32 * tokens * _widest(groups)
     activations = max((kept + passing) * _itemsize(subject) + widened, kept * _itemsize(subject) + loss)
     return _held(groups) + activations + _whole_block(subject)
 
@@ -164,18 +189,23 @@ def _whole_block(subject: Subject) -> int:
     return _whole(subject, keep=0) + max(blocks.values())
 
 
-def _held(groups: Sequence[Sequence[int]]) -> int:
+def _held(groups: Sequence[Sequence[Kept]]) -> int:
     """Bytes of the moments of the largest run over the text."""
-    return max(sum(FP64 * width**2 for group in run for width in group) for run in _runs(groups))
+    return max(sum(kept.measured for group in run for kept in group) for run in _runs(groups))
+
+
+def _widest(groups: Sequence[Sequence[Kept]]) -> int:
+    return max(kept.width for group in groups for kept in group)
 
 
 def _solving(subject: Subject) -> int:
     """A rank's share of a run's moments with their eigenvectors, one decomposition at a time, one weight."""
     groups = _moments(subject)
     shares = [sorted(run, key=max, reverse=True)[: -(-len(run) // subject.ranks)] for run in _runs(groups)]
-    pairs = max(sum(2 * FP32 * width**2 for group in share for width in group) for share in shares)
+    pairs = max(sum(kept.solved for group in share for kept in group) for share in shares)
+    solving = max(kept.solving for group in groups for kept in group)
     weight = max(layer.out_features * layer.in_features for layer in secura_layers(subject.model).values())
-    return pairs + SOLVING * FP32 * max(map(max, groups)) ** 2 + weight * _itemsize(subject)
+    return pairs + solving + weight * _itemsize(subject)
 
 
 def _decomposing(subject: Subject) -> int:
@@ -191,12 +221,12 @@ def _decomposing(subject: Subject) -> int:
     return moments + vectors + solving
 
 
-def _runs(groups: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
+def _runs(groups: Sequence[Sequence[Kept]]) -> list[list[Sequence[Kept]]]:
     """Moments that are taken in one pass over the text, as calibration cuts them to its limit."""
-    runs: list[list[Sequence[int]]] = [[]]
+    runs: list[list[Sequence[Kept]]] = [[]]
     held = 0
     for group in groups:
-        size = sum(FP64 * width**2 for width in group)
+        size = sum(kept.measured for kept in group)
         if runs[-1] and held + size > MEMORY_LIMIT:
             runs.append([])
             held = 0
@@ -216,10 +246,14 @@ def _whole(subject: Subject, *, keep: int) -> int:
     return unpacked + largest + min(keep, subject.rest.device["frozen_weights"] * subject.ranks)
 
 
-def _moments(subject: Subject) -> list[list[int]]:
-    """Widths of the moments of each distinct input of adapted layers; for contrast those of outputs, too."""
+def _moments(subject: Subject) -> list[list[Kept]]:
+    """Moments of each distinct input of adapted layers; for contrast two of each, and of outputs, too."""
     adapter = subject.recipe.adapter
-    contrasts = isinstance(adapter, CabrSettings) and adapter.contrasts
+    contrasts, tokens = False, 0
+    if isinstance(adapter, CabrSettings) and adapter.contrasts:
+        contrasts = True
+        # Whole sequences of text, and whole examples.
+        tokens = adapter.calibration.num_tokens + max(SEQUENCE_LENGTH, subject.recipe.data.max_length)
     seen: dict[tuple[str, frozenset[str]], list[int]] = {}
     for name, layer in secura_layers(subject.model).items():
         parent, _, own = name.rpartition(".")
@@ -227,4 +261,8 @@ def _moments(subject: Subject) -> list[list[int]]:
         widths = seen.setdefault((parent, group), [layer.in_features])
         if contrasts:
             widths.append(layer.out_features)
-    return [2 * widths if contrasts else widths for widths in seen.values()]
+
+    def kept(width: int) -> Kept:
+        return Kept(width, tokens if contrasts and 2 * tokens <= width else 0)
+
+    return [[kept(width) for width in (2 * widths if contrasts else widths)] for widths in seen.values()]

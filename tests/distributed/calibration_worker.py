@@ -12,7 +12,7 @@ from calibration_toys import calibrate_all_modes
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from secura_ds.calibration import text
+from secura_ds.calibration import sensitivity, text
 from secura_ds.errors import UserError
 from secura_ds.method import calibrated
 from secura_ds.ranks import end_process
@@ -37,7 +37,7 @@ def watch_factors(model: torch.nn.Module) -> None:
 
 def main(base: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    text.SEQUENCE_LENGTH, text.GENERATION_BATCH = 20, 10
+    text.SEQUENCE_LENGTH, text.GENERATION_BATCH, sensitivity.FORWARD_BATCH = 20, 10, 2
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled for a minute
     deepspeed.init_distributed("gloo", verbose=False)
     rank = torch.distributed.get_rank()

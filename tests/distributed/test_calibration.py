@@ -40,6 +40,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tensor
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("secura_ds.calibration.text.SEQUENCE_LENGTH", 20)
+        patch.setattr("secura_ds.calibration.sensitivity.FORWARD_BATCH", 2)
         patch.setattr("secura_ds.calibration.text.GENERATION_BATCH", 10)
         yield calibrate_all_modes(toy_llama(), tmp_path_factory.mktemp("alone"))
     torch.set_num_threads(threads)
@@ -47,7 +48,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tensor
 
 def test_every_rank_has_the_same_text_and_factors(ranks: Path) -> None:
     first, second = (torch.load(ranks / f"{rank}.pt") for rank in range(2))
-    assert len(first) == 1 + 6 * 14
+    assert len(first) == 1 + 8 * 14
     assert first["token_ids"].shape == (25, 20)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name

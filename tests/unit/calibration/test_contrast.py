@@ -22,7 +22,7 @@ from secura_ds.calibration.factors import frozen
 from secura_ds.calibration.moments import input_groups
 from secura_ds.errors import UserError
 from secura_ds.method import calibrated
-from secura_ds.method.calibrated import contrast, contrast_scale
+from secura_ds.method.contrast import contrast, contrast_of_rows, contrast_scale
 from secura_ds.sharding import dequantized, keep_exact
 
 SHAPE: dict[str, Any] = {
@@ -94,6 +94,40 @@ def test_moments_that_say_nothing_are_refused(task: Tensor, general: Tensor, mes
         contrast(task, general, 2)
 
 
+def vectors(seed: int, samples: int, n: int = 60) -> Tensor:
+    """Rows of a moment (n, n), of energies over seven orders of magnitude."""
+    g = torch.Generator().manual_seed(seed)
+    mixing = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0]
+    energies = torch.logspace(0, -3.5, n, dtype=torch.float64)[torch.randperm(n, generator=g)]
+    x = torch.randn(samples, n, generator=g, dtype=torch.float64)
+    return x * energies @ mixing / samples**0.5
+
+
+@pytest.mark.parametrize(("floor", "samples"), [(0.03, 25), (0.0001, 25), (0.03, 8), (1.0, 40)])
+def test_rows_give_the_directions_of_their_moments(floor: float, samples: int) -> None:
+    Y, X = vectors(1, samples), vectors(2, 30)
+    expected = contrast(Y.T @ Y, X.T @ X, 8, floor)
+    assert_same_directions(contrast_of_rows(Y, X, 8, floor), expected, tolerance=1e-6)
+
+
+def assert_same_directions(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Columns are equal but for their signs."""
+    signs = (found * expected).sum(0).sign()
+    torch.testing.assert_close(found * signs, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+def test_rows_that_are_too_few_or_alike_give_what_their_moments_give() -> None:
+    X = vectors(2, 30)
+    for Y in (vectors(1, 5), vectors(1, 5).repeat(4, 1)):
+        assert torch.equal(contrast_of_rows(Y, X, 8), contrast(Y.T @ Y, X.T @ X, 8))
+    for Y, message in ((torch.zeros(9, 60), "all zero"), (torch.full((9, 60), torch.inf), "not finite")):
+        for given in ((Y, X), (X, Y)):
+            with pytest.raises(ValueError, match=message):
+                contrast_of_rows(*given, 8)
+    with pytest.raises(ValueError, match="rank is 61"):
+        contrast_of_rows(X, X, 61)
+
+
 def direct(model: Any, batches: list[sensitivity.Batch]) -> dict[str, tuple[Tensor, Tensor]]:
     """S and F of every linear layer but the head, from one plain backward pass a batch, in float64."""
     inputs: dict[str, list[Tensor]] = {}
@@ -146,9 +180,11 @@ def test_block_by_block_is_the_plain_backward_pass(family: PretrainedConfig | No
     for group, of_group in zip(groups, found, strict=True):
         assert of_group is not None
         S = expected[group.names[0]][0]
-        torch.testing.assert_close(of_group.inputs.double(), S, rtol=0, atol=1e-4 * float(S.abs().max()))
+        torch.testing.assert_close(
+            of_group.inputs.values.double(), S, rtol=0, atol=1e-4 * float(S.abs().max())
+        )
         for name in group.names:
-            wanted, got = expected[name][1], of_group.gradients[name].double()
+            wanted, got = expected[name][1], of_group.gradients[name].values.double()
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
 
 
@@ -208,11 +244,11 @@ def test_the_adapter_takes_both_factors_and_a_sample_of_the_weight(tmp_path: Pat
         PeftModel.from_pretrained(other, str(tmp_path))
 
 
-def test_little_memory_gives_the_same_factors_in_more_passes() -> None:
+@pytest.mark.parametrize("num_tokens", [400, 30])
+def test_little_memory_gives_the_same_factors_in_more_passes(num_tokens: int) -> None:
+    config = config_of(calibration={"mode": "contrast", "num_tokens": num_tokens})
     once, often = (
-        calibrate(
-            toy_llama(), toy_tokenizer(), config_of(), examples=EXAMPLES, progress=False, memory_limit=limit
-        )
+        calibrate(toy_llama(), toy_tokenizer(), config, examples=EXAMPLES, progress=False, memory_limit=limit)
         for limit in (10**9, 1)
     )
     for name in once.factors:
@@ -220,17 +256,30 @@ def test_little_memory_gives_the_same_factors_in_more_passes() -> None:
         assert torch.equal(once.outputs[name], often.outputs[name])
 
 
-def test_factors_keep_clear_of_earlier_tasks_as_of_general_text() -> None:
-    """By hand, from moments that are tested above."""
+@pytest.mark.parametrize(("num_tokens", "wide_as_rows"), [(400, 0), (30, 6)])
+def test_factors_keep_clear_of_earlier_tasks_as_of_general_text(
+    num_tokens: int, wide_as_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand, from moments that are tested above; few tokens are kept as rows by the layers of 96."""
+    by_rows: list[Tensor] = []
+
+    def spy(Y: Tensor, X: Tensor, *settings: Any) -> Tensor:
+        by_rows.append(X)
+        return contrast_of_rows(Y, X, *settings)
+
+    monkeypatch.setattr("secura_ds.calibration.contrast.contrast_of_rows", spy)
     model = toy_llama().requires_grad_(False)
-    config, rows = config_of(), EXAMPLES[: len(EXAMPLES) // 2]
+    config = config_of(calibration={"mode": "contrast", "num_tokens": num_tokens})
+    rows = EXAMPLES[num_tokens // 20 : num_tokens // 10]
     free = calibrate(model, toy_tokenizer(), config, examples=EXAMPLES, progress=False)
+    by_rows.clear()
     clear = calibrate(model, toy_tokenizer(), config, examples=EXAMPLES, earlier=rows, progress=False)
+    assert len(by_rows) == wide_as_rows
     layers = target_layers(model, config)
     groups = input_groups(model.base_model, layers, free.token_ids)
     parts = (
         sensitivity.text_batches(free.token_ids),
-        sensitivity.example_batches(EXAMPLES, 400),
+        sensitivity.example_batches(EXAMPLES, num_tokens),
         sensitivity.example_batches(rows),
     )
     with frozen(model), tqdm(disable=True) as bar:
@@ -239,13 +288,15 @@ def test_factors_keep_clear_of_earlier_tasks_as_of_general_text() -> None:
         ]
     for group, text, task, before in zip(groups, *found, strict=True):
         assert text is not None and task is not None and before is not None
-        R = contrast(task.inputs, (text.inputs + before.inputs) / 2, 8).T
+        S = (text.inputs.values + before.inputs.values).double() / 2
+        X = contrast(task.inputs.values.double(), S, 8)
         for name in group.names:
-            torch.testing.assert_close(clear.factors[name], R, rtol=0, atol=1e-4 * float(R.abs().max()))
-            G = (text.gradients[name] + before.gradients[name]) / 2
-            C = contrast(task.gradients[name], G, 8) * contrast_scale(8, len(layers))
-            torch.testing.assert_close(clear.outputs[name], C, rtol=0, atol=1e-4 * float(C.abs().max()))
-            assert _excited(clear.factors[name], before.inputs) < _excited(free.factors[name], before.inputs)
+            assert_same_directions(clear.factors[name].T, X, tolerance=1e-4)
+            G = (text.gradients[name].values + before.gradients[name].values).double() / 2
+            C = contrast(task.gradients[name].values.double(), G, 8) * contrast_scale(8, len(layers))
+            assert_same_directions(clear.outputs[name], C, tolerance=1e-4)
+            S = before.inputs.values
+            assert _excited(clear.factors[name], S) < _excited(free.factors[name], S)
 
 
 def _excited(R: Tensor, moment: Tensor) -> float:
@@ -275,7 +326,7 @@ def test_4_bit_weights_are_calibrated_and_left_as_they_are(tmp_path: Path) -> No
     for group, of_group in zip(groups, found, strict=True):
         assert of_group is not None
         for name in group.names:
-            wanted, got = expected[name][1], of_group.gradients[name].double()
+            wanted, got = expected[name][1], of_group.gradients[name].values.double()
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
     result = calibrate(model, toy_tokenizer(), config_of(), examples=EXAMPLES, progress=False)
     assert all(C.any() for C in result.outputs.values())

@@ -31,8 +31,8 @@ def _config(mode: str = "null", **changes: Any) -> SecuraConfig:
     return SecuraConfig(**(given | changes))
 
 
-def _width(group: InputGroup) -> list[int]:
-    return [group.leader.in_features]
+def _bytes(group: InputGroup) -> int:
+    return 8 * group.leader.in_features**2
 
 
 def _direct_moments(model: torch.nn.Module, token_ids: Tensor) -> dict[str, Tensor]:
@@ -117,8 +117,8 @@ def test_little_memory_gives_the_same_factors_in_more_passes(text: Path) -> None
     model = toy_llama()
     ids = torch.zeros(1, 4, dtype=torch.int64)
     groups = input_groups(model, target_layers(model, _config()), ids)
-    assert len(list(within_memory(groups, 10**9, _width))) == 1
-    runs = list(within_memory(groups, 8 * 96**2, _width))
+    assert len(list(within_memory(groups, 10**9, _bytes))) == 1
+    runs = list(within_memory(groups, 8 * 96**2, _bytes))
     assert [len(run) for run in runs] == [2, 1, 1, 2, 1, 1]
     once = calibrate(model, toy_tokenizer(), _config(), text_path=text, progress=False)
     often = calibrate(model, toy_tokenizer(), _config(), text_path=text, progress=False, memory_limit=1)
