@@ -27,6 +27,7 @@ def make_run(
     secura = method == "secura"
     _write(folder / "recipe.resolved.json", _recipe(name, method))
     _write(folder / "environment.json", ENVIRONMENT)
+    _write(folder / "data.json", DATA)
     _write(folder / "run.json", _run(steps, secura))
     _write(folder / "evaluation.before.json", evaluation(0.0125, 0.9167, 2.711, before=True))
     after = (0.9125, 0.9000, 2.724) if secura else (0.9375, 0.7333, 2.803)
@@ -187,6 +188,26 @@ def _run(steps: int, secura: bool) -> dict[str, Any]:
         "tokens": 153_216,
     }
 
+
+DATA = {
+    "sources": [
+        {
+            "name": "orders.jsonl",
+            "read": 1800,
+            "dropped": 0,
+            "cut": 3,
+            "unused": ["id"],
+            "sha256": "0" * 64,
+            "used": 1800,
+        }
+    ],
+    "train_examples": 1800,
+    "train_rows": 450,
+    "train_tokens": 149604,
+    "learnt_tokens": 52672,
+    "longest": 102,
+    "validation_examples": 0,
+}
 
 ENVIRONMENT = {
     "python": "3.11.2",

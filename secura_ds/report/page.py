@@ -12,6 +12,7 @@ from secura_ds.files import atomic_write_text
 from secura_ds.report import numbers, verdict
 from secura_ds.report.bars import score_bars
 from secura_ds.report.curves import training_curves
+from secura_ds.report.data import data_tables
 from secura_ds.report.examples import side_by_side
 from secura_ds.report.layers import layer_plots
 from secura_ds.report.missing import missing_notes
@@ -75,6 +76,7 @@ def _content(runs: Sequence[RunFolder], plots: Path | None) -> dict[str, Any]:
         "score_rows": rows,
         "score_plots": score_bars(runs, plots),
         "curves": training_curves(runs, plots),
+        "data": data_tables(runs),
         "layers": layer_plots(runs, plots),
         "topics": _topics(runs),
         "examples": examples,

@@ -27,6 +27,7 @@ class RunFolder:
     run: dict[str, Any] | None
     recipe: dict[str, Any] | None
     environment: dict[str, Any] | None
+    data: dict[str, Any] | None
     before: dict[str, Any] | None
     after: dict[str, Any] | None
     merge: dict[str, Any] | None
@@ -93,6 +94,7 @@ def read_run(path: Path) -> RunFolder:
         run=_read_document(path / "run.json"),
         recipe=recipe,
         environment=_read_document(path / "environment.json"),
+        data=_read_document(path / "data.json"),
         before=_read_document(path / "evaluation.before.json"),
         after=_read_document(path / "evaluation.after.json"),
         merge=_read_document(path / "merge.json"),

@@ -16,6 +16,7 @@ from fake_run import make_run
 from secura_ds.errors import UserError
 from secura_ds.report import write_report
 from secura_ds.report.curves import moving_mean
+from secura_ds.report.data import data_tables
 from secura_ds.report.drawing import DARK, LIGHT, darkened
 from secura_ds.report.layers import split_name
 from secura_ds.report.missing import missing_notes
@@ -75,6 +76,26 @@ def test_the_page_needs_nothing_else(whole: tuple[Path, str]) -> None:
     assert "url(" not in style and "@import" not in style and "{%" not in style and "--series-5: #" in style
     anchors = {href[1:] for href in page.attributes("a", "href")}
     assert anchors <= {attrs.get("id") for _, attrs in page.tags}
+
+
+def test_what_was_read_is_told_once_for_runs_that_read_the_same(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / name, name=name, steps=8, blocks=2) for name in ("one", "two", "three")]
+    document = json.loads((folders[2] / "data.json").read_text())
+    document["sources"][0] |= {"read": 7, "used": 7, "cut": 0, "unused": []}
+    (folders[2] / "data.json").write_text(json.dumps(document))
+    same, other = data_tables(read_runs(folders))
+    assert (same.runs, other.runs) == (["one", "two"], ["three"])
+    assert same.headers == ["Source", "Read", "Used", "Cut to max_length", "Fields not used"]
+    assert same.rows == [["orders.jsonl", "1,800", "1,800", "3", "id"]]
+    assert other.headers == ["Source", "Read", "Used"]
+    assert other.rows == [["orders.jsonl", "7", "7"]]
+    told = "1,800 training examples, 450 rows, 149,604 tokens, 52,672 of these learnt"
+    page = render_page(read_runs(folders))
+    assert f"one, two: {told}." in page and f"three: {told}." in page
+    assert f"<p>{told}." in render_page(read_runs(folders[:2]))
+    for folder in folders:
+        (folder / "data.json").unlink()
+    assert data_tables(read_runs(folders)) == []
 
 
 def test_plots_are_sound_images_with_words(whole: tuple[Path, str]) -> None:
