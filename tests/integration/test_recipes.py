@@ -123,7 +123,14 @@ def test_recipe_trains_and_merges_on_a_toy(
     adapter, out = tmp_path / "adapter", tmp_path / "merged"
     save_adapter(adapted, adapter)
     report = merge(base, adapter, out, progress=False)
-    assert report.adapted_tensors == 2 * len(check_targets(adapted.config, recipe.adapter))
+    targets = check_targets(adapted.config, recipe.adapter)
+    wanted = {
+        name
+        for name in set(linear) - {"lm_head"}
+        if targets == "all-linear" or name.rpartition(".")[2] in targets
+    }
+    assert {name.removeprefix("base_model.model.") for name in secura_layers(adapted)} == wanted
+    assert report.adapted_tensors == len(wanted)
     kernel = adapted.config._attn_implementation
     merged = AutoModelForCausalLM.from_pretrained(out, attn_implementation=kernel)
     tied = adapted.config.tie_word_embeddings
@@ -134,7 +141,8 @@ def test_recipe_trains_and_merges_on_a_toy(
     for name, layer in secura_layers(loaded).items():
         assert torch.equal(merged.get_submodule(name).weight, layer.merged_weight("default").to(merged.dtype))
     assert (logits_of(loaded, tokens) - before).abs().max() > 0.2
-    # The weights are the same; the order of sums may differ: two steps of bfloat16 at the largest logit.
+    # The weights are the same; the order of sums may differ: two steps of bfloat16 at the largest logit where
+    # q and v are adapted, and the root of how many times as many tensors the merge rounds more elsewhere.
     # Without S-MagNorm in the forward pass W x and D x are rounded apart in bfloat16: the same bound in fp32,
     # which packed 4-bit weights do not have.
     if four_bit and not forward:
@@ -142,4 +150,5 @@ def test_recipe_trains_and_merges_on_a_toy(
     if not forward or recipe.backbone.dtype == "float32":
         loaded, merged = loaded.float(), merged.float()
     expected, got = logits_of(loaded, tokens), logits_of(merged, tokens)
-    assert (expected - got).abs().max() <= 2**-6 * got.abs().max()
+    rounded = len(wanted) / (2 * adapted.config.num_hidden_layers)
+    assert (expected - got).abs().max() <= 2**-6 * rounded**0.5 * got.abs().max()

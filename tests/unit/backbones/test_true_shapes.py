@@ -114,14 +114,17 @@ def test_the_backbone_has_its_published_shape(path: Path) -> None:
         assert linear[name].compute_dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("targets", ["recipe", "all-linear"])
+@pytest.mark.parametrize("targets", ["recipe", "all-linear", "default"])
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_adapters_go_on_every_layer_that_is_meant(path: Path, targets: str) -> None:
     recipe, model = built(path)
     adapter = recipe.adapter
     assert isinstance(adapter, SecuraAdapter)
-    if targets == "all-linear":
-        adapter = adapter.model_copy(update={"target_modules": "all-linear"})
+    if targets != "recipe":
+        given = None if targets == "default" else targets
+        adapter = adapter.model_copy(update={"target_modules": given})
+    elif path.stem != "smollm2-135m":
+        assert adapter.target_modules == "all-linear"
     config = SecuraConfig(
         cur_rank=adapter.cur_rank,
         inner_rank=adapter.inner_rank,
@@ -132,7 +135,8 @@ def test_adapters_go_on_every_layer_that_is_meant(path: Path, targets: str) -> N
     )
     shape = SHAPES[path.stem]
     adapted = get_peft_model(model, config)
-    names = shape.linear() if targets == "all-linear" else ["self_attn.q_proj", "self_attn.v_proj"]
+    everywhere = adapter.target_modules == "all-linear"
+    names = shape.linear() if everywhere else ["self_attn.q_proj", "self_attn.v_proj"]
     layers = secura_layers(adapted)
     assert set(layers) == {f"model.layers.{i}.{name}" for i in range(shape.layers) for name in names}
     r, m = adapter.cur_rank, adapter.inner_rank
