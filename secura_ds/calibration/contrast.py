@@ -12,7 +12,8 @@ from tqdm import tqdm
 from secura_ds.adapter.config import SecuraConfig, by_layer
 from secura_ds.calibration.moments import InputGroup, Moment, moment_bytes, owners, within_memory
 from secura_ds.calibration.ranks import broadcast, raise_together, turns
-from secura_ds.calibration.sensitivity import Batch, Sensitivity, num_tokens, sensitivities
+from secura_ds.calibration.sensitivity import Sensitivity, num_tokens, sensitivities
+from secura_ds.calibration.walk import Batch, Walk, block_numbers, decoder_blocks
 from secura_ds.method.contrast import contrast, contrast_of_rows, contrast_scale
 
 
@@ -34,13 +35,15 @@ def contrast_factors(
         groups: `layers` by the input that they share.
         general, task: the text to leave as it is, and the examples to be learnt.
         earlier: examples of earlier tasks, to leave as they are, too; empty for none.
-        memory_limit: bytes that second moments may take, with more passes over both to keep to it.
+        memory_limit: bytes that second moments may take; a block of more is looked at in parts.
 
     Raises:
-        UserError: an unknown family; a layer that general text or the task does not reach.
+        UserError: an unknown family; a layer outside the blocks, or that general text or the task does not
+            reach.
     """
-    device = general[0].ids.device
-    tokens = [num_tokens(batches) for batches in (general, task, earlier) if batches]
+    device, numbers = general[0].ids.device, block_numbers(decoder_blocks(model), layers)
+    texts = [batches for batches in (general, task, earlier) if batches]
+    tokens = [num_tokens(batches) for batches in texts]
 
     def keeps_rows(width: int) -> bool:
         return sum(tokens) <= width
@@ -49,23 +52,25 @@ def contrast_factors(
         widths = [group.leader.in_features, *(layers[name].out_features for name in group.names)]
         return sum(moment_bytes(width, n, keeps_rows(width)) for width in widths for n in tokens)
 
-    runs = list(within_memory(groups, memory_limit, size))
-    passes = sum(len(turns(len(batches))) for batches in (general, task, earlier))
+    # From the last block to the first, as the walks go.
+    runs = list(within_memory(groups[::-1], memory_limit, size))
+    visits = len(texts) * sum(len({numbers[group.names[0]] for group in run}) for run in runs)
+    forwards = sum(len(turns(len(batches))) for batches in texts)
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
-    with tqdm(total=passes * len(runs) + len(layers), desc="calibration: contrast", disable=not show) as bar:
+    total = forwards + visits + len(layers)
+    with tqdm(total=total, desc="calibration: contrast", disable=not show) as bar:
+        walks = [Walk(model, batches, bar) for batches in texts]
         for run in runs:
             owner = owners(run)
-            of_text, of_task = (
-                sensitivities(model, run, layers, owner, batches, bar, keeps_rows)
-                for batches in (general, task)
+            of_text, of_task, *of_earlier = (
+                sensitivities(walk, run, layers, owner, keeps_rows) for walk in walks
             )
-            if earlier:
-                of_earlier = sensitivities(model, run, layers, owner, earlier, bar, keeps_rows)
-                pairs = zip(of_text, of_earlier, strict=True)
+            for found in of_earlier:
+                pairs = zip(of_text, found, strict=True)
                 of_text = [a.averaged(b) if a is not None and b is not None else a for a, b in pairs]
             _solve(run, owner, of_text, of_task, layers, config, (inputs, outputs), device, bar)
-    return inputs, outputs
+    return {name: inputs[name] for name in layers}, {name: outputs[name] for name in layers}
 
 
 def _solve(

@@ -28,8 +28,9 @@ from secura_ds.calibration.moments import (
     within_memory,
 )
 from secura_ds.calibration.ranks import broadcast, raise_together, rank_and_world, turns
-from secura_ds.calibration.sensitivity import Batch, decoder_blocks, example_batches, text_batches
+from secura_ds.calibration.sensitivity import example_batches, text_batches
 from secura_ds.calibration.text import Calibration, generate, read_tokens
+from secura_ds.calibration.walk import Batch, block_numbers, decoder_blocks
 from secura_ds.errors import UserError
 from secura_ds.method import calibrated
 
@@ -77,7 +78,7 @@ def calibrate(
     drop_factors(model)
     settings = config.calibration
     contrasts = settings["mode"] == "contrast"
-    task = _task(model, examples, settings["num_tokens"]) if contrasts else []
+    task = _task(model, layers, examples, settings["num_tokens"]) if contrasts else []
     before = _on(model, example_batches(earlier)) if contrasts and earlier is not None else []
     source = text_path or settings["text"]
     sharding.keep_exact(model)
@@ -131,13 +132,18 @@ def drop_factors(model: nn.Module) -> None:
                 delattr(module, name)
 
 
-def _task(model: Any, examples: Sequence[Mapping[str, Any]] | None, num_tokens: int) -> list[Batch]:
+def _task(
+    model: Any,
+    layers: Mapping[str, nn.Linear],
+    examples: Sequence[Mapping[str, Any]] | None,
+    num_tokens: int,
+) -> list[Batch]:
     if examples is None:
         raise UserError(
             "calibration.mode is 'contrast', which looks at the task, too: give calibrate the training "
             "examples, or use another mode"
         )
-    decoder_blocks(model)
+    block_numbers(decoder_blocks(model), layers)
     return _on(model, example_batches(examples, num_tokens))
 
 

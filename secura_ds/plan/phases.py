@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -109,8 +110,12 @@ def host(subject: Subject, per_node: int, offloaded: int) -> dict[str, int]:
             load = backbone_elements(subject.model) * _itemsize(subject)  # loaded whole, then moved
     else:
         load = 0
+    adapter = subject.recipe.adapter
+    contrasts = isinstance(adapter, CabrSettings) and adapter.contrasts
+    walked = _block_inputs(subject) if subject.device == "cuda" and contrasts else 0
     return {
         "processes": PROCESS * per_node,
+        "calibration": walked * per_node,
         "loading": load * per_node,
         "offloaded_weights": subject.rest.host.get("frozen_weights", 0) * per_node,
         "optimizer": sum(v for k, v in subject.rest.host.items() if k != "frozen_weights") * per_node,
@@ -159,17 +164,38 @@ def _measuring(subject: Subject) -> int:
 
 
 def _differentiating(subject: Subject) -> int:
-    """Moments of inputs and gradients, every block's input, and one block with what its backward keeps."""
+    """Moments, one block with what its backward keeps, and the gradients of all batches."""
     groups = _moments(subject)
     config = subject.config.get_text_config()
-    longest = max(SEQUENCE_LENGTH, subject.recipe.data.max_length)
-    tokens = FORWARD_BATCH * min(longest, config.max_position_embeddings)
-    kept = tokens * config.hidden_size * (config.num_hidden_layers + 2)
-    passing = tokens * (16 * config.hidden_size + 8 * config.intermediate_size)
+    tokens = max(_batch_tokens(subject))
+    # By a block's output and by its input; on CPUs every block's input is there, too.
+    kept = 2 * _walked_tokens(subject) * config.hidden_size * _itemsize(subject)
+    if subject.device == "cpu":
+        kept += _block_inputs(subject)
+    passing = tokens * (16 * config.hidden_size + 8 * config.intermediate_size) * _itemsize(subject)
     loss = chunk_bytes(tokens, config.vocab_size, _itemsize(subject), softcap=_softcap(config))
     widened = FP32 * tokens * _widest(groups)
-    activations = max((kept + passing) * _itemsize(subject) + widened, kept * _itemsize(subject) + loss)
-    return _held(groups) + activations + _whole_block(subject)
+    return _held(groups) + kept + max(passing + widened, loss) + _whole_block(subject)
+
+
+def _batch_tokens(subject: Subject) -> tuple[int, int]:
+    """Tokens of a batch of text and of one of examples, each as long as it may be."""
+    longest = subject.config.get_text_config().max_position_embeddings
+    lengths = SEQUENCE_LENGTH, max(SEQUENCE_LENGTH, subject.recipe.data.max_length)
+    return FORWARD_BATCH * min(lengths[0], longest), FORWARD_BATCH * min(lengths[1], longest)
+
+
+def _walked_tokens(subject: Subject) -> int:
+    """Tokens of text and of examples that contrast takes through the model on one rank, in whole batches."""
+    assert isinstance(subject.recipe.adapter, CabrSettings)
+    looked_at = subject.recipe.adapter.calibration.num_tokens
+    return sum(math.ceil(looked_at / (tokens * subject.ranks)) * tokens for tokens in _batch_tokens(subject))
+
+
+def _block_inputs(subject: Subject) -> int:
+    """Bytes of every block's input, which wait in main memory for the way back."""
+    config = subject.config.get_text_config()
+    return _walked_tokens(subject) * config.hidden_size * config.num_hidden_layers * _itemsize(subject)
 
 
 def _softcap(config: PreTrainedConfig) -> bool:

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma2Config,
 
 from secura_ds.adapter import SecuraConfig
 from secura_ds.adapter.model import secura_layers
-from secura_ds.calibration import calibrate, sensitivity, target_layers
+from secura_ds.calibration import calibrate, target_layers
 from secura_ds.calibration.factors import frozen
 from secura_ds.calibration.moments import input_groups
+from secura_ds.calibration.sensitivity import example_batches, sensitivities, text_batches
+from secura_ds.calibration.walk import Batch, Walk
 from secura_ds.errors import UserError
 from secura_ds.method import calibrated
 from secura_ds.method.contrast import contrast, contrast_of_rows, contrast_scale
@@ -128,7 +130,7 @@ def test_rows_that_are_too_few_or_alike_give_what_their_moments_give() -> None:
         contrast_of_rows(X, X, 61)
 
 
-def direct(model: Any, batches: list[sensitivity.Batch]) -> dict[str, tuple[Tensor, Tensor]]:
+def direct(model: Any, batches: list[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
     """S and F of every linear layer but the head, from one plain backward pass a batch, in float64."""
     inputs: dict[str, list[Tensor]] = {}
     outputs: dict[str, list[Tensor]] = {}
@@ -169,13 +171,13 @@ def test_block_by_block_is_the_plain_backward_pass(family: PretrainedConfig | No
     torch.manual_seed(0)
     model = toy_llama() if family is None else AutoModelForCausalLM.from_config(family)
     model.requires_grad_(False).eval()
-    batches = sensitivity.example_batches(EXAMPLES, 400)
+    batches = example_batches(EXAMPLES, 400)
     assert len(batches) > 1
     assert not all(batch.mask.all() for batch in batches)
     layers = target_layers(model, config_of())
     groups = input_groups(model.base_model, layers, batches[0].ids)
     with frozen(model), tqdm(disable=True) as bar:
-        found = sensitivity.sensitivities(model, groups, layers, [0] * len(groups), batches, bar)
+        found = sensitivities(Walk(model, batches, bar), groups, layers, [0] * len(groups))
     expected = direct(model, batches)
     for group, of_group in zip(groups, found, strict=True):
         assert of_group is not None
@@ -189,7 +191,7 @@ def test_block_by_block_is_the_plain_backward_pass(family: PretrainedConfig | No
 
 
 def test_text_and_examples_become_batches() -> None:
-    text = sensitivity.text_batches(torch.arange(20).view(10, 2))
+    text = text_batches(torch.arange(20).view(10, 2))
     assert [batch.ids.shape for batch in text] == [(8, 2), (2, 2)]
     assert text[1].targets.tolist() == [[17, -100], [19, -100]]
     rows = [
@@ -197,7 +199,7 @@ def test_text_and_examples_become_batches() -> None:
         {"input_ids": [4, 5], "labels": [-100, 5]},
         {"input_ids": [6, 7], "labels": [6, 7]},
     ]
-    (batch,) = sensitivity.example_batches(rows, 5)
+    (batch,) = example_batches(rows, 5)
     assert batch.ids.tolist() == [[1, 2, 3], [4, 5, 0]]
     assert batch.mask.tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch.targets.tolist() == [[2, 3, -100], [5, -100, -100]]
@@ -205,9 +207,9 @@ def test_text_and_examples_become_batches() -> None:
 
 def test_packed_examples_are_looked_at_one_by_one() -> None:
     packed = {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "seq_lengths": [3, 2]}
-    (batch,) = sensitivity.example_batches([packed])
+    (batch,) = example_batches([packed])
     single = [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5], "labels": [-100, 5]}]
-    (expected,) = sensitivity.example_batches(single)
+    (expected,) = example_batches(single)
     for found, wanted in zip(batch, expected, strict=True):
         assert torch.equal(found, wanted)
 
@@ -256,6 +258,30 @@ def test_little_memory_gives_the_same_factors_in_more_passes(num_tokens: int) ->
         assert torch.equal(once.outputs[name], often.outputs[name])
 
 
+def test_blocks_without_an_adapter_are_walked_through() -> None:
+    everywhere, below = (
+        calibrate(toy_llama(), toy_tokenizer(), config, examples=EXAMPLES, progress=False)
+        for config in (config_of(), config_of(target_modules=["q_proj", "up_proj"], layers_to_transform=[0]))
+    )
+    assert list(below.factors) == ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"]
+    scale = contrast_scale(8, 2) / contrast_scale(8, 14)
+    for name, R in below.factors.items():
+        assert torch.equal(R, everywhere.factors[name])
+        torch.testing.assert_close(below.outputs[name], everywhere.outputs[name] * scale, rtol=1e-5, atol=0)
+
+
+def test_a_walk_does_not_turn_back() -> None:
+    model = toy_llama().requires_grad_(False).eval()
+    with frozen(model), tqdm(disable=True) as bar:
+        walk = Walk(model, example_batches(EXAMPLES, 60), bar)
+        seen: list[tuple[int, bool]] = []
+        for number in (1, 1, 0):
+            walk.visit(number, lambda index, counts: seen.append((index, counts)))
+        assert seen == [(0, True)] * 3
+        with pytest.raises(ValueError, match="block 1 is visited after block 0"):
+            walk.visit(1, lambda index, counts: None)
+
+
 @pytest.mark.parametrize(("num_tokens", "wide_as_rows"), [(400, 0), (30, 6)])
 def test_factors_keep_clear_of_earlier_tasks_as_of_general_text(
     num_tokens: int, wide_as_rows: int, monkeypatch: pytest.MonkeyPatch
@@ -278,14 +304,12 @@ def test_factors_keep_clear_of_earlier_tasks_as_of_general_text(
     layers = target_layers(model, config)
     groups = input_groups(model.base_model, layers, free.token_ids)
     parts = (
-        sensitivity.text_batches(free.token_ids),
-        sensitivity.example_batches(EXAMPLES, num_tokens),
-        sensitivity.example_batches(rows),
+        text_batches(free.token_ids),
+        example_batches(EXAMPLES, num_tokens),
+        example_batches(rows),
     )
     with frozen(model), tqdm(disable=True) as bar:
-        found = [
-            sensitivity.sensitivities(model, groups, layers, [0] * len(groups), part, bar) for part in parts
-        ]
+        found = [sensitivities(Walk(model, part, bar), groups, layers, [0] * len(groups)) for part in parts]
     for group, text, task, before in zip(groups, *found, strict=True):
         assert text is not None and task is not None and before is not None
         S = (text.inputs.values + before.inputs.values).double() / 2
@@ -314,11 +338,11 @@ def test_4_bit_weights_are_calibrated_and_left_as_they_are(tmp_path: Path) -> No
     model.requires_grad_(False)
     keep_exact(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    batches = sensitivity.example_batches(EXAMPLES, 400)
+    batches = example_batches(EXAMPLES, 400)
     layers = target_layers(model, config_of())
     groups = input_groups(model.base_model, layers, batches[0].ids)
     with frozen(model), tqdm(disable=True) as bar:
-        found = sensitivity.sensitivities(model, groups, layers, [0] * len(groups), batches, bar)
+        found = sensitivities(Walk(model, batches, bar), groups, layers, [0] * len(groups))
     plain = toy_llama().requires_grad_(False)
     for name, layer in layers.items():  # what 4-bit layers compute with
         plain.get_submodule(name).weight.copy_(dequantized(layer))
@@ -340,6 +364,9 @@ def test_what_contrast_cannot_do_is_said() -> None:
             calibrate(model or toy_llama(), toy_tokenizer(), config_of(), progress=False, **changes)
 
     refused("'contrast', which looks at the task, too: give calibrate the training examples")
+    with pytest.raises(UserError, match="lm_head lies outside the model's blocks.*leave it out"):
+        head = config_of(target_modules=["q_proj", "lm_head"])
+        calibrate(toy_llama(), toy_tokenizer(), head, examples=EXAMPLES, progress=False)
     silent = [{"input_ids": [1, 2], "labels": [-100, -100]}]
     refused("no token that is learnt", examples=silent)
     unknown = toy_llama()
