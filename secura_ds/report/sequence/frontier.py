@@ -65,18 +65,18 @@ def _plot(
     left_out: Sequence[str],
 ) -> Plot:
     found = _with_both(lines(group), across, along)
+    several = any(len(line.entries) > 1 for line in found)
 
     def draw(figure: Figure, theme: Theme) -> None:
         axes = figure.subplots()
-        points = [point for line in found for point in _draw_line(axes, line, across, along, theme)]
+        points = [point for line in found for point in _draw_line(axes, line, across, along, theme, several)]
         axes.set_xlabel(_arrowed(across, "x"))
         axes.set_ylabel(_arrowed(along, "y"))
         axes.margins(0.16)
         _set_scale(axes, across, [x for x, *_ in points])
-        rates = any(len(line.entries) > 1 for line in found)
-        if rates:
+        if several:
             legend_above(figure, axes)
-        if not label_points(figure, axes, points, theme) and not rates:
+        if not label_points(figure, axes, points, theme) and not several:
             legend_above(figure, axes)
 
     alt = f"Scatter plot of {along.title} against {across.title}. " + " ".join(
@@ -84,7 +84,6 @@ def _plot(
         for line in found
         for entry in line.entries
     )
-    several = any(len(line.entries) > 1 for line in found)
     return render(
         draw,
         name=f"{prefix}-{along.keys[-1].replace('_', '-')}",
@@ -118,12 +117,17 @@ def _with_both(found: Sequence[Line], *wanted: Measure) -> list[Line]:
     return [line for line in kept if line.entries]
 
 
-def _draw_line(axes: Axes, line: Line, across: Measure, along: Measure, theme: Theme) -> list[Point]:
-    """A method's points with error bars, joined; returns what each is to be called."""
+def _draw_line(
+    axes: Axes, line: Line, across: Measure, along: Measure, theme: Theme, rates: bool
+) -> list[Point]:
+    """A method's points with error bars, joined; returns what each is to be called.
+
+    Args:
+        rates: points are named by their learning rate, and lines by their method; else points by entry.
+    """
     pairs = [(across.of(entry), along.of(entry)) for entry in line.entries]
     known = [(x, y) for x, y in pairs if x is not None and y is not None]
     xs, ys = [across.scaled(x.value) for x, _ in known], [along.scaled(y.value) for _, y in known]
-    alone = len(line.entries) == 1
     color = theme.color(line.index)
     axes.errorbar(
         xs,
@@ -136,15 +140,12 @@ def _draw_line(axes: Axes, line: Line, across: Measure, along: Measure, theme: T
         marker=MARKERS[line.index % len(MARKERS)],
         markersize=6,
         markerfacecolor=color if line.index < len(MARKERS) else theme.paper,
-        linestyle="none" if alone else DASHES[line.index % len(DASHES)],
+        linestyle="none" if len(line.entries) == 1 else DASHES[line.index % len(DASHES)],
         linewidth=1.3,
-        label=line.entries[0].label if alone else line.label,
+        label=line.label if rates else line.entries[0].label,
         zorder=3,
     )
-    names = [
-        line.entries[0].label if alone else numbers.compact(entry.first.learning_rate)
-        for entry in line.entries
-    ]
+    names = [numbers.compact(entry.first.learning_rate) if rates else entry.label for entry in line.entries]
     return [(x, y, name, color) for x, y, name in zip(xs, ys, names, strict=True)]
 
 
