@@ -53,8 +53,7 @@ class Walk:
             for index, _ in self._turns:
                 batch = batches[index]
                 with _recorded(self.blocks) as calls:
-                    body = model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-                del body
+                    model.base_model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
                 outputs.append(calls[-1].output)
                 self._calls.append([call._replace(output=torch.empty(0)) for call in calls])
                 bar.update()
