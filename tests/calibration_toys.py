@@ -58,6 +58,12 @@ def toy_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(dtype).train()
 
 
+def assert_same_directions(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Columns are equal but for their signs."""
+    signs = (found * expected).sum(0).sign()
+    torch.testing.assert_close(found * signs, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
 def calibrate_all_modes(model: LlamaForCausalLM, folder: Path) -> dict[str, Tensor]:
     """Factors of every mode and the text, under flat names; the first mode lets the model write the text.
 

@@ -101,7 +101,7 @@ def test_recipe_trains_and_merges_on_a_toy(
             "adapter.cur_rank=8",
             "adapter.inner_rank=12",
             "adapter.calibration.num_tokens=320",
-            "training.learning_rate=0.03",  # two steps are to show in bfloat16
+            "training.learning_rate=0.01",  # two steps are to show in bfloat16
             *(['adapter.smagnorm={"apply": "forward", "eps_relative": 1.0}'] if forward else []),
         ],
     )
@@ -141,8 +141,7 @@ def test_recipe_trains_and_merges_on_a_toy(
     for name, layer in secura_layers(loaded).items():
         assert torch.equal(merged.get_submodule(name).weight, layer.merged_weight("default").to(merged.dtype))
     assert (logits_of(loaded, tokens) - before).abs().max() > 0.2
-    # The weights are the same; the order of sums may differ: two steps of bfloat16 at the largest logit where
-    # q and v are adapted, and the root of how many times as many tensors the merge rounds more elsewhere.
+    # The weights are the same; the order of sums may differ: two steps of bfloat16 at the largest logit.
     # Without S-MagNorm in the forward pass W x and D x are rounded apart in bfloat16: the same bound in fp32,
     # which packed 4-bit weights do not have.
     if four_bit and not forward:
@@ -150,5 +149,4 @@ def test_recipe_trains_and_merges_on_a_toy(
     if not forward or recipe.backbone.dtype == "float32":
         loaded, merged = loaded.float(), merged.float()
     expected, got = logits_of(loaded, tokens), logits_of(merged, tokens)
-    rounded = len(wanted) / (2 * adapted.config.num_hidden_layers)
-    assert (expected - got).abs().max() <= 2**-6 * rounded**0.5 * got.abs().max()
+    assert (expected - got).abs().max() <= 2**-6 * got.abs().max()
