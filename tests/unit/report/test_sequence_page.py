@@ -117,6 +117,22 @@ def test_a_sweep_of_rates_is_a_frontier(tmp_path: Path) -> None:
     assert "Backward transfer" not in text
 
 
+def test_a_method_of_one_rate_is_named_like_those_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_frontier(tmp_path / "r", methods=2, rates=(1e-3, 1e-4))
+    document = json.loads((folder / "continual.json").read_text(encoding="utf-8"))
+    del document["sequences"][-1]
+    (folder / "continual.json").write_text(json.dumps(document), encoding="utf-8")
+    named: set[str] = set()
+    monkeypatch.setattr(
+        "secura_ds.report.sequence.frontier.legend_above",
+        lambda figure, axes: named.update(axes.get_legend_handles_labels()[1]),
+    )
+    frontier_plots(entries([read_results(folder)]), None)
+    assert named == {"SECURA", "LoRA"}
+
+
 def test_tasks_learnt_alone_have_a_part_of_the_page_each(tmp_path: Path) -> None:
     """Averaged over tasks, an entry's error bar would be the tasks' difference."""
     folder = make_frontier(tmp_path / "r", tasks=2, seeds=2)
